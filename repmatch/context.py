@@ -1,0 +1,115 @@
+"""What the commands share: the store's path, the output sink, options spelled once, examples in the help."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from repmatch.output import LogHandler, Output
+
+if TYPE_CHECKING:
+    from repmatch.curator.curator import Curator
+    from repmatch.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_STORE = "repmatch-store"
+
+
+class Context:
+    """What every command shares: the store's path and the output sink.
+
+    Args:
+        store: path of the store.
+        quiet: no progress and no hints.
+    """
+
+    def __init__(self, store: Path, quiet: bool) -> None:
+        self.path = store
+        self.output = Output(quiet=quiet)
+        logging.getLogger("repmatch").handlers = [LogHandler(self.output)]
+
+    def open(self, *, as_json: bool = False, wait: float = 0.0) -> Store:
+        """Open the store.
+
+        Args:
+            as_json: data as JSON.
+            wait: seconds to wait for another writer.
+
+        Returns:
+            The store.
+        """
+        from repmatch.store import open as open_store
+
+        self.output.as_json = as_json
+        return open_store(self.path, wait=wait)
+
+    def curator(self, store: Store, *, epochs: int | None = None, **settings: Any) -> Curator:
+        """Build a curator that shows its progress.
+
+        Args:
+            store: an open store.
+            epochs: of subset training, None: the default.
+            settings: fields of `repmatch.curator.settings.Settings`.
+
+        Returns:
+            The curator.
+        """
+        from repmatch.curator.curator import Curator
+        from repmatch.curator.settings import Settings
+
+        recipe = None
+        if epochs is not None:
+            from repmatch.curator.training import Recipe
+
+            recipe = Recipe(epochs=epochs)
+        return Curator(store, settings=Settings(**settings), recipe=recipe, progress=self.output.progress)
+
+
+pass_context = click.make_pass_decorator(Context)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    envvar="REPMATCH_DEVICE",
+    show_envvar=True,
+    help="Where to compute: auto, cpu, cuda, cuda:N or mps.",
+)
+model_option = click.option(
+    "--model",
+    envvar="REPMATCH_MODEL",
+    show_envvar=True,
+    help="Base model: a folder, a hub name (org/model or org/model@revision), or 'embedded'.  "
+    "[default: the dataset's own; 'embedded' for a new one]",
+)
+wait_option = click.option(
+    "--wait", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Seconds to wait for another writer."
+)
+epochs_option = click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Passes over a subset when its adapter is trained.  [default: 3, up to 600 steps of 32 instances]",
+)
+
+
+def examples(text: str) -> Callable[[F], F]:
+    """Add working examples to a command's help.
+
+    Args:
+        text: command lines, one a line.
+
+    Returns:
+        A decorator.
+    """
+
+    def add(function: F) -> F:
+        lines = "\n".join(f"  {line.strip()}" for line in text.strip().splitlines())
+        function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n\b\nExample:\n{lines}\n"
+        return function
+
+    return add

@@ -1,0 +1,1 @@
+"""Rows, base models, the factor engine, training, scoring: the only home of torch and transformers."""

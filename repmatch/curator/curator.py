@@ -1,0 +1,204 @@
+"""The curator: the main job in a few lines of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repmatch.curator import neighbours, scoring, selection
+from repmatch.curator.export import write_export
+from repmatch.curator.ingest import IngestOptions, IngestReport, Progress, check_name, ingest
+from repmatch.curator.rows import FieldChoice
+from repmatch.curator.settings import Settings
+from repmatch.curator.subsets import Trainer
+from repmatch.datamodels import Adapter, Encoding, Row
+from repmatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from repmatch.curator.training import Recipe
+    from repmatch.store import Store
+
+
+class Curator:
+    """Ingests, scores, compares, selects and exports on one store.
+
+    Args:
+        store: an open store, or the path of one.
+        model: base model: a folder, a hub name, or "embedded"; None: the dataset's own, or "embedded" for a new one.
+        rank: LoRA rank; None: the dataset's own, or 1.
+        targets: endings of the names of the matrices to adapt; None: query and value.
+        seed: of the head and of every A; None: the dataset's own, or 0.
+        settings: every other setting of the space and the machine.
+        recipe: how subset adapters are trained; None: `repmatch.curator.training.Recipe()`.
+        progress: called with (stage, done, total or None).
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        model: str | None = None,
+        rank: int | None = None,
+        targets: Sequence[str] | None = None,
+        seed: int | None = None,
+        *,
+        settings: Settings | None = None,
+        recipe: Recipe | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if isinstance(store, str | Path):
+            from repmatch.store import open as open_store
+
+            store = open_store(store)
+        given = {"model": model, "rank": rank, "targets": None if targets is None else tuple(targets), "seed": seed}
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self.store = store
+        self.settings = replace(settings or Settings(), **fields)
+        self.progress = progress
+        self._recipe = recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """How subset adapters are trained."""
+        if self._recipe is None:
+            from repmatch.curator.training import Recipe
+
+            self._recipe = Recipe()
+        return self._recipe
+
+    @property
+    def trainer(self) -> Trainer:
+        """Gives subset adapters, trained on demand."""
+        return Trainer(self.store, self.settings, self.recipe, self.progress)
+
+    def ingest(
+        self,
+        source: str | Path | Sequence[str | Path],
+        dataset: str,
+        *,
+        fields: FieldChoice | None = None,
+        encoding: Encoding | None = None,
+        strict: bool = False,
+    ) -> IngestReport:
+        """Read rows and compute the instance factors that are missing.
+
+        Args:
+            source: a file (JSON lines, CSV, Parquet), "-" for standard input, "hf:NAME", or several of them.
+            dataset: name of the dataset to make or extend.
+            fields: columns to read; None: id, text, text_pair and label.
+            encoding: "float16" (default), "float32" or "sign".
+            strict: refuse everything when one row is bad.
+
+        Returns:
+            Counts, and the rows that were set aside with reasons.
+        """
+        sources = [source] if isinstance(source, str | Path) else list(source)
+        options = IngestOptions(fields or FieldChoice(), encoding, strict)
+        return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
+
+    def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:
+        """Give a set of a dataset's ids a name.
+
+        Args:
+            name: the subset's name.
+            dataset: the dataset's name.
+            where: an SQL condition on the rows.
+            ids: the ids themselves.
+
+        Raises:
+            UsageError: neither or both are given, or nothing matches.
+        """
+        check_name(name)
+        if (where is None) == (ids is None):
+            raise UsageError("a subset is given by where=... or by ids=..., one of the two.")
+        found = list(ids) if ids is not None else self.store.ids(dataset, where=where)
+        if not found:
+            raise UsageError(f"no instance of {dataset!r} matches {where!r}; a subset needs one or more.")
+        self.store.save_subset(name, dataset, found)
+
+    def adapter(self, subset: str) -> Adapter:
+        """Return the adapter of a subset, trained if it is not in the store yet."""
+        return self.trainer.adapter(subset)
+
+    def score(self, dataset: str, *, against: str | None = None, where: str | None = None) -> scoring.Scores:
+        """Score a dataset's instances against a subset adapter; see `repmatch.curator.scoring.score`."""
+        return scoring.score(self.trainer, dataset, against=against, where=where)
+
+    def compare(self, *names: str) -> scoring.Comparison:
+        """Compare subsets by their adapters; see `repmatch.curator.scoring.compare`."""
+        return scoring.compare(self.trainer, names)
+
+    def nearest(
+        self,
+        dataset: str,
+        instance: str | None = None,
+        *,
+        text: str | None = None,
+        text_pair: str | None = None,
+        label: str | None = None,
+        k: int = 10,
+        signed: bool = False,
+    ) -> neighbours.Neighbours:
+        """Find the nearest instances to a stored one by id, or to a new text.
+
+        Args:
+            dataset: the dataset's name.
+            instance: the user's id.
+            text: a new text, in place of an id.
+            text_pair: its second text, for a dataset of pairs.
+            label: its label; None: each of the dataset's labels is tried and the best counts.
+            k: how many.
+            signed: by the cosine of the two ΔW in place of the RepMatch score.
+
+        Returns:
+            The neighbours, best first.
+        """
+        if (instance is None) == (text is None):
+            raise UsageError("give the id of an instance, or a text: one of the two.")
+        if instance is not None:
+            if text_pair is not None or label is not None:
+                raise UsageError("--text-pair and --label go with --text, not with an id.")
+            return neighbours.nearest_to_id(self.store, dataset, instance, k=k, signed=signed)
+        row = Row("", "{}", text or "", text_pair, label or "", "", "", "", 0)
+        return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed)
+
+    def select(
+        self,
+        dataset: str,
+        k: int | str,
+        *,
+        strategy: str = "facility-location",
+        balance: str | None = None,
+        stratify: str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        replace: bool = False,
+    ) -> selection.Selected:
+        """Choose a coreset and keep it in the store.
+
+        Args:
+            dataset: the dataset's name.
+            k: picks, or a share such as "5%".
+            strategy: see `repmatch.selectors.strategies`.
+            balance: column of which every value gets the same number of picks.
+            stratify: column whose proportions are kept.
+            seed: for strategies that draw.
+            name: of the coreset; None: made from the arguments.
+            replace: whether a coreset of that name may be replaced.
+
+        Returns:
+            The coreset, which can be exported.
+        """
+        if name is not None:
+            check_name(name)
+        options = selection.SelectOptions(k, strategy, balance, stratify, seed, name, replace)
+        return selection.select(self.store, dataset, options, self._scores_of)
+
+    def _scores_of(self, dataset: str) -> dict[str, float]:
+        scores = self.score(dataset)
+        return dict(zip(scores.ids, scores.scores.tolist(), strict=True))
+
+    def export(self, name: str, path: str | Path, *, with_scores: bool = False) -> dict[str, Any]:
+        """Write a coreset's or dataset's rows and a manifest; see `repmatch.curator.export.write_export`."""
+        return write_export(self.store, name, Path(path), with_scores=with_scores)

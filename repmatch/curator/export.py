@@ -1,0 +1,225 @@
+"""Export: the user's own rows as JSON lines, and a manifest that says how to get them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from repmatch import __version__
+from repmatch.datamodels import Coreset
+from repmatch.errors import InputError, RepMatchError, UsageError
+
+if TYPE_CHECKING:
+    from repmatch.store import Store
+
+EXTRA = "repmatch"
+_PACKAGES = ("duckdb", "numpy", "numba", "peft", "polars", "torch", "transformers")
+
+
+def export_lines(store: Store, name: str, *, with_scores: bool = False) -> Iterator[str]:
+    """Yield the rows of a coreset (best pick first), a subset or a dataset (its own order) as they came.
+
+    Args:
+        store: the store.
+        name: a coreset, a dataset, a subset or DATASET[SQL].
+        with_scores: add one object, "repmatch", to each row: a pick's rank, gain and the number of instances it stands
+            for, and the row's last score.
+
+    Yields:
+        One JSON object a line, without the line's end. Without scores a line is the very text that was ingested.
+
+    Raises:
+        InputError: scores are asked for and a row already has a column of that name.
+    """
+    subset = store.resolve(name)
+    # Everything that can be wrong is found before the first line goes out.
+    extras = _extras(store, name, subset.dataset) if with_scores else None
+    ids = store.members(subset).ids if subset.ids is not None or subset.where is not None else None
+    return _lines(store, subset.dataset, ids, extras)
+
+
+def _lines(
+    store: Store, dataset: str, ids: tuple[str, ...] | None, extras: Mapping[str, dict[str, Any]] | None
+) -> Iterator[str]:
+    for row_id, text in store.rows(dataset, ids=ids):
+        if extras is None:
+            yield text
+            continue
+        extra = json.dumps(extras.get(row_id, {}), ensure_ascii=False)
+        body = text.rstrip()[:-1].rstrip()
+        yield f'{body}{"" if body == "{" else ", "}"{EXTRA}": {extra}}}'
+
+
+def _extras(store: Store, name: str, dataset: str) -> dict[str, dict[str, Any]]:
+    if EXTRA in store.dataset(dataset).columns:
+        raise InputError(
+            f"the rows of {dataset!r} already have a column {EXTRA!r}, which --with-scores would add; leave it out."
+        )
+    extras: dict[str, dict[str, Any]] = {}
+    for row in store.latest_scores(dataset).iter_rows(named=True):
+        extras[row["id"]] = {"score": row["score"], "against": row["against"]}
+    if store.is_coreset(name):
+        coreset = store.coreset(name)
+        weights = np.bincount(coreset.representative[coreset.representative >= 0], minlength=len(coreset.ids))
+        for rank, (pick, gain) in enumerate(zip(coreset.ids, coreset.gains.tolist(), strict=True), start=1):
+            own = {"rank": rank, "gain": gain, "represents": int(weights[rank - 1])}
+            extras[pick] = own | extras.get(pick, {})
+    return extras
+
+
+def write_export(store: Store, name: str, path: Path, *, with_scores: bool = False) -> dict[str, Any]:
+    """Write an export and its manifest; the file appears whole or not at all.
+
+    Args:
+        store: the store.
+        name: a coreset, a dataset, a subset or DATASET[SQL].
+        path: the file to write; the manifest goes to the same name with ".manifest.json" added.
+        with_scores: as in `export_lines`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UsageError: the folder does not exist or the path is a folder.
+        RepMatchError: the file cannot be written.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; expected the name of a file to write.")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
+    sha, rows = hashlib.sha256(), 0
+    lines = export_lines(store, name, with_scores=with_scores)
+    try:
+        with _whole_file(path) as write:
+            for line in lines:
+                data = (line + "\n").encode()
+                sha.update(data)
+                write(data)
+                rows += 1
+        found = manifest(store, name, with_scores=with_scores)
+        found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
+        with _whole_file(path.with_name(path.name + ".manifest.json")) as write:
+            write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise RepMatchError(f"{path} cannot be written: {error.strerror}; choose another place with -o.") from error
+    return found
+
+
+class _whole_file:  # noqa: N801 -- reads as a function
+    """Write beside the target and rename onto it at the end, so that no half-written file is ever seen."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Any:
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.", suffix=".part")
+        self._file, self._part = os.fdopen(handle, "wb"), Path(name)
+        return self._file.write
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                mask = os.umask(0)
+                os.umask(mask)
+                self._part.chmod(0o666 & ~mask)
+        finally:
+            self._file.close()
+            if kind is None:
+                self._part.replace(self._path)
+            else:
+                self._part.unlink(missing_ok=True)
+
+
+def manifest(store: Store, name: str, *, with_scores: bool = False) -> dict[str, Any]:
+    """Describe how an export came about, so that it can be repeated.
+
+    Args:
+        store: the store.
+        name: what is exported.
+        with_scores: whether scores are added.
+
+    Returns:
+        Plain JSON values: the selection's arguments, the space with its fingerprints and seeds, a digest of the
+        dataset's rows, and the versions in use.
+    """
+    subset = store.resolve(name)
+    dataset = store.dataset(subset.dataset)
+    space = None if dataset.space_id is None else store.space(dataset.space_id)
+    members = store.members(store.resolve(subset.dataset))
+    found: dict[str, Any] = {
+        "format": "repmatch-manifest-1",
+        "name": name,
+        "dataset": {
+            "name": dataset.name,
+            "instances": len(members.ids),
+            "rows_digest": members.row_digest,
+            "labels": list(dataset.labels),
+            "encoding": dataset.encoding,
+            "columns_read": {
+                "id": dataset.fields.id_field,
+                "text": dataset.fields.text_field,
+                "text_pair": dataset.fields.text_pair_field,
+                "label": dataset.fields.label_field,
+            },
+        },
+        "space": None if space is None else {"id": space.id, "model": space.model, **space.identity},
+        "selection": None,
+        "with_scores": with_scores,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    if store.is_coreset(name):
+        coreset = store.coreset(name)
+        found["selection"] = {
+            "strategy": coreset.strategy,
+            "picks": len(coreset.ids),
+            "arguments": dict(coreset.arguments),
+            "command": command_of(coreset),
+        }
+    elif subset.where is not None:
+        found["selection"] = {"strategy": "filter", "where": subset.where}
+    return found
+
+
+def command_of(coreset: Coreset) -> str:
+    """Return the command that makes a coreset again.
+
+    Args:
+        coreset: a stored coreset.
+
+    Returns:
+        A line for a shell.
+    """
+    given = coreset.arguments
+    parts = ["repmatch", "select", coreset.dataset, "-k", str(given["k"]), "--strategy", coreset.strategy]
+    for option in ("balance", "stratify"):
+        if given.get(option) is not None:
+            parts += [f"--{option}", str(given[option])]
+    parts += ["--seed", str(given.get("seed", 0)), "--name", coreset.name]
+    import shlex
+
+    return shlex.join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of repmatch, Python and the packages that decide results."""
+    found = {"repmatch": __version__, "python": platform.python_version(), "platform": sys.platform}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

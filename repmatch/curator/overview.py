@@ -1,0 +1,95 @@
+"""What is here: versions, devices, and what a store holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repmatch.curator.export import versions
+from repmatch.errors import StoreNotFoundError
+from repmatch.store import open as open_store
+
+if TYPE_CHECKING:
+    from repmatch.output import Output
+
+
+def devices() -> dict[str, Any]:
+    """Describe the machine without loading torch.
+
+    Returns:
+        Cores this process may use, bytes of memory, and whether a CUDA driver is present.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = None
+    if "SC_PHYS_PAGES" in os.sysconf_names and "SC_PAGE_SIZE" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"cores": cores, "memory_bytes": memory, "cuda_driver": Path("/dev/nvidiactl").exists()}
+
+
+def overview(path: Path) -> dict[str, Any]:
+    """Describe this installation and the store at a path.
+
+    Args:
+        path: folder of the store; where there is none, `store` is None.
+
+    Returns:
+        Plain JSON values: versions, devices, store.
+    """
+    found: dict[str, Any] = {"versions": versions(), "devices": devices(), "path": str(path), "store": None}
+    try:
+        with open_store(path, mode="r") as store:
+            found["store"] = store.info()
+    except StoreNotFoundError:
+        pass
+    return found
+
+
+def render(found: dict[str, Any], output: Output) -> None:
+    """Write an overview as text.
+
+    Args:
+        found: from `overview`.
+        output: where to.
+    """
+    names = found["versions"]
+    output.line(f"repmatch {names['repmatch']}, Python {names['python']}")
+    output.line(", ".join(f"{k} {v}" for k, v in names.items() if k not in ("repmatch", "python", "platform")))
+    machine = found["devices"]
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    output.line(f"{machine['cores']} cores{memory}{', a CUDA driver' if machine['cuda_driver'] else ''}")
+    store = found["store"]
+    if store is None:
+        output.line(f"no store at {found['path']}")
+        output.hint("make one with: repmatch ingest FILE --dataset NAME")
+        return
+    output.line("")
+    output.line(f"store {store['path']}: {store['bytes']['total'] / 1e6:.1f} MB, schema {store['schema']}")
+    if store["bytes_per_instance"]:
+        output.line(f"{store['bytes_per_instance']:,.0f} bytes an instance, rows and catalog included")
+    if store["quarantined"]:
+        output.line(f"{store['quarantined']} rows quarantined")
+    if store["datasets"]:
+        output.line("")
+        output.table(
+            ["dataset", "rows", "factors", "labels", "encoding", "space"],
+            [
+                (d["name"], d["rows"], d["factors"], len(d["labels"]), d["encoding"], (d["space_id"] or "")[:8])
+                for d in store["datasets"]
+            ],
+        )
+    if store["spaces"]:
+        output.line("")
+        output.table(
+            ["space", "model", "rank", "matrices", "max length", "seed"],
+            [
+                (s["id"][:8], s["model"], s["rank"], len(s["matrices"]), s["max_length"], s["seed"])
+                for s in store["spaces"]
+            ],
+        )
+    if store["coresets"]:
+        output.line("")
+        output.table(
+            ["coreset", "dataset", "strategy", "picks"],
+            [(c["name"], c["dataset"], c["strategy"], c["picks"]) for c in store["coresets"]],
+        )

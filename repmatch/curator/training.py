@@ -1,0 +1,206 @@
+"""Subset adapters: LoRA factors trained on a subset from the shared start, base and head frozen."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repmatch.curator import start
+from repmatch.curator.classification import Example, SequenceClassification
+from repmatch.datamodels import Space
+from repmatch.errors import ModelError
+
+# Batches are cut from shuffled stretches of this many batches sorted by length: little padding, still random order.
+_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a subset adapter is trained.
+
+    Attributes:
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        epochs: passes over the subset.
+        batch_size: instances a step.
+        max_steps: at most so many steps, whatever the subset's size; a larger subset is then read in part, in the
+            shuffled order.
+        seed: of the order.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    epochs: int = 3
+    batch_size: int = 32
+    max_steps: int = 600
+    seed: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+    def steps(self, instances: int) -> int:
+        """Return the number of steps for a subset of this size."""
+        return min(self.max_steps, self.epochs * math.ceil(instances / self.batch_size))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left: A (r, d_in) and B (d_out, r) float32 by matrix name, and its record."""
+
+    a: dict[str, NDArray[np.float32]]
+    b: dict[str, NDArray[np.float32]]
+    record: dict[str, Any]
+
+
+@contextmanager
+def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterator[PeftModel]:
+    """Put peft's LoRA layers at the shared start onto a model, and take them off again.
+
+    Args:
+        module: the frozen model.
+        space: names the matrices, the seed, alpha and rank.
+        rank: another rank than the space's.
+
+    Yields:
+        The wrapped model; only A and B require gradients.
+    """
+    rank = space.rank if rank is None else rank
+    names = [m.name for m in space.matrices]
+    alpha: Any = space.alpha  # peft divides by it, whole or not, though it says int
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
+        wrapped = get_peft_model(module, config)
+    try:
+        layers = dict(module.named_modules())
+        with torch.no_grad():
+            for matrix in space.matrices:
+                values = torch.from_numpy(start.draw_a(space.seed, matrix.name, rank, matrix.d_in))
+                layers[matrix.name].lora_A["default"].weight.copy_(values)
+                layers[matrix.name].lora_B["default"].weight.zero_()
+        wrapped.requires_grad_(False)
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        wrapped.eval()
+        yield wrapped
+    finally:
+        wrapped.unload()
+        module.requires_grad_(False)
+
+
+def batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[int]]:
+    """Yield the batches of a training: shuffled every epoch, similar lengths together.
+
+    Args:
+        examples: the tokenised subset.
+        recipe: batch size, epochs, most steps and the seed of the order.
+
+    Yields:
+        Positions in `examples`.
+    """
+    left = recipe.steps(len(examples))
+    for epoch in range(recipe.epochs):
+        draw = start.generator(recipe.seed, f"order:{epoch}")
+        order = draw.permutation(len(examples))
+        span = recipe.batch_size * _BUCKET
+        chunks = []
+        for at in range(0, len(order), span):
+            stretch = sorted(order[at : at + span].tolist(), key=lambda i: (examples[i].tokens, i))
+            chunks += [stretch[b : b + recipe.batch_size] for b in range(0, len(stretch), recipe.batch_size)]
+        for chunk in draw.permutation(len(chunks)):
+            if left == 0:
+                return
+            left -= 1
+            yield chunks[chunk]
+
+
+def train(
+    module: nn.Module,
+    space: Space,
+    task: SequenceClassification,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train a subset adapter from the shared start.
+
+    Args:
+        module: the frozen model; it is as before afterwards.
+        space: the space.
+        task: collates examples.
+        examples: the subset, tokenised.
+        recipe: optimiser, epochs, batches.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        A and B of each matrix, and the record: losses, accuracy, steps, seconds.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    began = time.monotonic()
+    total, losses, right, seen = recipe.steps(len(examples)), [], 0, 0
+    with adapted(module, space) as wrapped:
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        for step, at in enumerate(batches(examples, recipe)):
+            loss, hits = train_step(wrapped, optimizer, task.collate([examples[i] for i in at]))
+            if not math.isfinite(loss):
+                raise ModelError(
+                    f"training the subset adapter diverged at step {step + 1} (loss {loss}); try a smaller learning "
+                    f"rate than {recipe.learning_rate}."
+                )
+            losses.append(loss)
+            right, seen = right + hits, seen + len(at)
+            if progress is not None:
+                progress(step + 1, total)
+        layers = dict(module.named_modules())
+        a = {m.name: layers[m.name].lora_A["default"].weight.detach().cpu().numpy().copy() for m in space.matrices}
+        b = {m.name: layers[m.name].lora_B["default"].weight.detach().cpu().numpy().copy() for m in space.matrices}
+    tail = max(1, len(losses) // 10)
+    record = {
+        "instances": len(examples),
+        "instances_read": seen,
+        "steps": len(losses),
+        "first_loss": float(np.mean(losses[:tail])),
+        "last_loss": float(np.mean(losses[-tail:])),
+        "losses": [round(value, 6) for value in losses],
+        "running_accuracy": right / max(seen, 1),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return Trained(a, b, record)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Take one optimiser step on one batch.
+
+    Args:
+        model: a sequence classifier; what requires gradients is trained.
+        optimizer: over those parameters.
+        batch: from `SequenceClassification.collate`.
+
+    Returns:
+        The mean loss, and how many of the batch were classified right before the step.
+    """
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) for name, value in batch.items()}
+    with torch.enable_grad():
+        logits = model(**{name: value for name, value in moved.items() if name != "labels"}).logits.float()
+        loss = functional.cross_entropy(logits, moved["labels"])
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+    optimizer.step()
+    return float(loss.detach()), int((logits.argmax(dim=1) == moved["labels"]).sum())

@@ -1,0 +1,146 @@
+"""The one output sink: data on standard output; progress, warnings and hints on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+def printable(text: str) -> str:
+    """Make text from outside safe for a terminal: control characters are shown, not obeyed.
+
+    Args:
+        text: any text.
+
+    Returns:
+        One line without control or bidirectional-override characters.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] if c not in "\n\t" else " " for c in text)
+
+
+class Output:
+    """Where commands write.
+
+    Args:
+        as_json: data as JSON in place of tables.
+        quiet: no progress and no hints.
+        out: standard output.
+        err: standard error.
+    """
+
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+    ) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._out = sys.stdout if out is None else out
+        self._err = sys.stderr if err is None else err
+        self._bar: tqdm[Any] | None = None
+        self._stage = ""
+
+    def line(self, text: str) -> None:
+        """Write one line of data."""
+        self._out.write(text + "\n")
+
+    def json(self, value: Any) -> None:
+        """Write one JSON object on one line of data."""
+        self.line(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+    def text(self, text: str) -> None:
+        """Write one line of data where no JSON is asked for."""
+        if not self.as_json:
+            self.line(text)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Write a table: columns aligned, numbers to the right.
+
+        Args:
+            header: column names.
+            rows: cells; floats are shown with four digits.
+        """
+        cells = [[_cell(value) for value in row] for row in rows]
+        numbers = [all(_is_number(c) for c in column) for column in zip(*cells, strict=True)] or [False] * len(header)
+        widths = [max(len(h), *(len(row[i]) for row in cells), 0) for i, h in enumerate(header)]
+        for row in [list(header), *cells]:
+            padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numbers, strict=True)]
+            self.line("  ".join(padded).rstrip())
+
+    def hint(self, text: str) -> None:
+        """Write a remark for the person, unless quiet."""
+        if not self.quiet:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Write a warning."""
+        self._say(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Write an error."""
+        self._say(f"error: {text}")
+
+    def _say(self, text: str) -> None:
+        self.close()
+        self._err.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
+        self._err.flush()
+
+    def progress(self, stage: str, done: int, total: int | None) -> None:
+        """Show progress on standard error: done, rate and time left; only where a person watches.
+
+        Args:
+            stage: what is done; a new stage starts a new bar.
+            done: how much is done.
+            total: of how much, where that is known.
+        """
+        if self.quiet:
+            return
+        if self._bar is None or stage != self._stage:
+            self.close()
+            unit = "step" if stage.startswith(("training", "retraining")) else "instance"
+            self._bar = tqdm(
+                desc=printable(stage),
+                total=total,
+                unit=f" {unit}s",
+                file=self._err,
+                leave=True,
+                disable=None,
+                initial=0,
+            )
+            self._stage = stage
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the progress bar, if one is shown."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class LogHandler(logging.Handler):
+    """Sends log records of repmatch to the output sink as warnings."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self._output.warn(record.getMessage())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "" if value is None else printable(str(value))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", ""))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""Strategies that choose a coreset from a kernel: pure functions on arrays."""
+
+from repmatch.selectors.baselines import random, represent, top
+from repmatch.selectors.constraints import Constraints, share
+from repmatch.selectors.estimators import Selector
+from repmatch.selectors.facility import facility_location
+from repmatch.selectors.greedy import Objective
+from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
+from repmatch.selectors.large import partitioned, sieve_streaming
+from repmatch.selectors.medoids import k_medoids
+from repmatch.selectors.objectives import (
+    Coverage,
+    FeatureCoverage,
+    GraphCut,
+    LogDeterminant,
+    MeanMatch,
+    Mixture,
+    SaturatedCoverage,
+)
+from repmatch.selectors.registry import Entry, Problem, register, select, strategies, strategy
+from repmatch.selectors.selection import Selection
+from repmatch.selectors.sparse import SparseKernel
+from repmatch.selectors.strategies import (
+    dpp,
+    feature_coverage,
+    graph_cut,
+    herding,
+    k_center,
+    maximize,
+    saturated_coverage,
+    thin,
+)
+
+__all__ = [
+    "Constraints",
+    "Coverage",
+    "DenseKernel",
+    "Entry",
+    "FactorKernel",
+    "FeatureCoverage",
+    "GraphCut",
+    "Kernel",
+    "LogDeterminant",
+    "MeanMatch",
+    "Mixture",
+    "Objective",
+    "Problem",
+    "SaturatedCoverage",
+    "Selection",
+    "Selector",
+    "SparseKernel",
+    "as_kernel",
+    "dpp",
+    "facility_location",
+    "feature_coverage",
+    "graph_cut",
+    "herding",
+    "k_center",
+    "k_medoids",
+    "maximize",
+    "partitioned",
+    "random",
+    "register",
+    "represent",
+    "saturated_coverage",
+    "select",
+    "share",
+    "sieve_streaming",
+    "strategies",
+    "strategy",
+    "thin",
+    "top",
+]

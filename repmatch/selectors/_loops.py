@@ -1,0 +1,117 @@
+"""Inner loops of the selectors, compiled. Import where they are needed: numba takes half a second to load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.compiled import compiled, compiled_exactly
+
+TILE = 2048  # columns whose running sums stay in the processor's first cache
+
+
+@compiled
+def add_columns(kernel: NDArray[Any], lo: int, hi: int, out: NDArray[np.float64]) -> None:
+    """Add the positive entries of columns lo..hi to out."""
+    for first in range(lo, hi, TILE):
+        width = min(TILE, hi - first)
+        total = np.zeros(width, np.float64)
+        for i in range(kernel.shape[0]):
+            line = kernel[i, first : first + width]
+            for j in range(width):
+                total[j] += max(np.float64(line[j]), 0.0)
+        for j in range(width):
+            out[first + j] += total[j]
+
+
+@compiled
+def lower_gains(
+    kernel: NDArray[Any],
+    raised: NDArray[np.int64],
+    old: NDArray[np.float64],
+    new: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    gains: NDArray[np.float64],
+) -> None:
+    """Take from the gains of columns lo..hi what the raised rows no longer give: min(max(K, old), new) − old."""
+    for first in range(lo, hi, TILE):
+        width = min(TILE, hi - first)
+        lost = np.zeros(width, np.float64)
+        for r in range(raised.shape[0]):
+            line = kernel[raised[r], first : first + width]
+            a, b = old[r], new[r]
+            for j in range(width):
+                lost[j] += min(max(np.float64(line[j]), a), b) - a
+        for j in range(width):
+            gains[first + j] -= lost[j]
+
+
+@compiled
+def column_gains(columns: NDArray[Any], cover: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.float64]) -> None:
+    """Set out[lo:hi] to Σ_i max(columns[i, :] − cover_i, 0)."""
+    total = np.zeros(hi - lo, np.float64)
+    for i in range(columns.shape[0]):
+        line = columns[i, lo:hi]
+        covered = cover[i]
+        for j in range(hi - lo):
+            total[j] += max(np.float64(line[j]) - covered, 0.0)
+    out[lo:hi] = total
+
+
+@compiled_exactly
+def exact_gain(kernel: NDArray[Any], index: int, by_row: bool, cover: NDArray[np.float64]) -> float:
+    """Return Σ max(K[:, index] − cover, 0), rounded once (Neumaier's compensated sum)."""
+    total = 0.0
+    lost = 0.0
+    for i in range(cover.shape[0]):
+        entry = np.float64(kernel[index, i]) if by_row else np.float64(kernel[i, index])
+        term = entry - cover[i]
+        if term > 0.0:
+            new = total + term
+            lost += (total - new) + term if total >= term else (term - new) + total
+            total = new
+    return total + lost
+
+
+@compiled
+def lower_sparse(
+    neighbours: NDArray[np.int32],
+    values: NDArray[np.float32],
+    raised: NDArray[np.int64],
+    old: NDArray[np.float64],
+    new: NDArray[np.float64],
+    gains: NDArray[np.float64],
+) -> None:
+    """Do what lower_gains does where each row keeps a few candidates."""
+    for r in range(raised.shape[0]):
+        i = raised[r]
+        for p in range(neighbours.shape[1]):
+            gains[neighbours[i, p]] -= min(max(np.float64(values[i, p]), old[r]), new[r]) - old[r]
+
+
+@compiled
+def swap_gains(
+    column: NDArray[Any],
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    nearest: NDArray[np.int64],
+    out: NDArray[np.float64],
+) -> None:
+    """Turn out from minus each pick's removal loss into what replacing that pick by a candidate changes.
+
+    A row with best pick p (similarity a), second best b and candidate c: where another pick goes, it gains
+    max(c − a, 0); where p goes, it ends at max(b, c), of which b is in the removal loss.
+    """
+    shared = 0.0
+    for i in range(column.shape[0]):
+        c = np.float64(column[i])
+        if c > first[i]:
+            shared += c - first[i]
+            out[nearest[i]] += first[i] - second[i]
+        elif c > second[i]:
+            out[nearest[i]] += c - second[i]
+    for p in range(out.shape[0]):
+        out[p] += shared

@@ -1,0 +1,310 @@
+"""The greedy loop that every objective shares: picks, rules, stopping, interruption, certificates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.errors import SelectionError
+from repmatch.selectors.baselines import represent
+from repmatch.selectors.constraints import Constraints, Tracker, positions
+from repmatch.selectors.kernels import Kernel
+from repmatch.selectors.selection import Selection
+
+Progress = Callable[[int, int], None]
+Search = Literal["auto", "plain", "lazy", "stochastic"]
+FIRST_BATCH, LAST_BATCH = 8, 512  # candidates that a lazy search evaluates at a time: few at first, then more
+
+
+class State(ABC):
+    """An objective and the picks made so far, as the greedy loop sees it.
+
+    Attributes:
+        n: candidates.
+        name: the algorithm, for the result.
+        bounded: gains never rise and are never negative (monotone, submodular): certificates hold.
+        kernel: for representatives, or None.
+    """
+
+    n: int
+    name = "plain"
+    bounded = True
+    kernel: Kernel | None = None
+
+    @abstractmethod
+    def best(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64] | None = None) -> tuple[int, float]:
+        """Return the allowed candidate of the largest gain (with costs: gain per cost), and its gain."""
+
+    @abstractmethod
+    def add(self, index: int, position: int) -> None:
+        """Note a pick and its position in the pick order (-1: chosen before)."""
+
+    @abstractmethod
+    def gain(self, index: int) -> float:
+        """Return the gain of one candidate."""
+
+    @abstractmethod
+    def upper(self) -> NDArray[np.float64]:
+        """Return (n,) upper bounds on the gains left."""
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        raise SelectionError("this objective does not know the value of all instances: coverage can't stop it")
+
+    def represented(self, picks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return each represented instance's pick and its similarity."""
+        return represent(self.kernel, picks, self.n)
+
+
+def solve(
+    make: Callable[[], State],
+    k: int,
+    *,
+    strategy: str,
+    constraints: Constraints | None = None,
+    progress: Progress | None = None,
+) -> Selection:
+    """Run greedy under rules.
+
+    With a budget, greedy by gain and greedy by gain per cost both run and the better is returned; the first pick of the
+    former is the best single item, so no single item beats the result (Leskovec et al. 2007).
+
+    Args:
+        make: makes a fresh state.
+        k: how many to pick.
+        strategy: its name, for the result.
+        constraints: the rules.
+        progress: called after each pick with picks made and wanted.
+
+    Returns:
+        The selection.
+
+    Raises:
+        SelectionError: rules that can't be met.
+    """
+    rules = constraints or Constraints()
+    first = make()
+    result = run(first, rules, rules.tracker(first.n, k), k, strategy=strategy, progress=progress)
+    if rules.costs is None or not result.complete:
+        return result
+    other = run(make(), rules, rules.tracker(first.n, k), k, strategy=strategy, progress=progress, by_rate=True)
+    return other if other.value > result.value else result
+
+
+def run(
+    state: State,
+    rules: Constraints,
+    tracker: Tracker,
+    k: int,
+    *,
+    strategy: str,
+    progress: Progress | None = None,
+    by_rate: bool = False,
+) -> Selection:
+    """Pick greedily until the rules allow no more.
+
+    Args:
+        state: a fresh objective.
+        rules: the rules.
+        tracker: their tracker.
+        k: how many to pick.
+        strategy: its name, for the result.
+        progress: called after each pick with picks made and wanted.
+        by_rate: pick by gain per cost.
+
+    Returns:
+        The selection; after KeyboardInterrupt the picks so far, marked incomplete.
+    """
+    base = 0.0
+    for index in positions(rules.given, state.n, "given"):
+        base += state.gain(int(index))
+        state.add(int(index), -1)
+    indices: list[int] = []
+    gains: list[float] = []
+    notes, complete = tracker.notes, True
+    budget, free = tracker.left, tracker.allowed.copy()
+    bound = _most(state, free, k, tracker.costs, budget)
+    target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
+    value = base
+    queue = positions(rules.include, state.n, "include").tolist()
+    try:
+        while value < target or queue:
+            if queue:
+                index = int(queue.pop(0))
+                gain = state.gain(index)
+            elif tracker.allowed.any():
+                index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None)
+            else:
+                break
+            if rules.min_gain is not None and gain < rules.min_gain and index not in rules.include:
+                notes += (f"stopped at {len(indices)} of {k} picks: the next would gain {gain:.4g}",)
+                break
+            tracker.add(index)
+            state.add(index, len(indices))
+            indices.append(index)
+            gains.append(gain)
+            value += gain
+            if progress is not None:
+                progress(len(indices), k)
+    except KeyboardInterrupt:
+        complete, notes = False, (*notes, f"interrupted after {len(indices)} of {k} picks")
+    if value >= target:
+        notes += (f"stopped at {len(indices)} of {k} picks: coverage {rules.coverage} is reached",)
+    elif complete and rules.min_gain is None and tracker.costs is None:
+        _demand(tracker, len(indices), k)
+    picks = np.array(indices, np.int64)
+    free[picks] = False
+    if complete:
+        bound = min(bound, value - base + _most(state, free, k, tracker.costs, budget))
+    representative, similarity = state.represented(picks) if complete else represent(state.kernel, picks, state.n)
+    return Selection(
+        indices=picks,
+        gains=np.array(gains, np.float64),
+        value=value,
+        bound=max(value, base + bound) if state.bounded and np.isfinite(bound) else None,
+        representative=representative,
+        similarity=similarity,
+        strategy=strategy,
+        algorithm=state.name + (", gain per cost" if by_rate else ""),
+        notes=notes,
+        complete=complete,
+    )
+
+
+def _demand(tracker: Tracker, made: int, k: int) -> None:
+    """Refuse a result that misses what was asked for: rules that exclude each other only show along the way."""
+    if made < k:
+        owed = tracker.owed()
+        missing = "; still owed: " + ", ".join(owed) if owed else ""
+        raise SelectionError(f"the rules together allow only {made} of {k} picks{missing}")
+
+
+def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float64] | None, budget: float) -> float:
+    """Bound what any k affordable instances can add: the k largest gains, and the fractional knapsack of all."""
+    gains = np.maximum(state.upper()[free], 0.0)
+    if not k or not len(gains):
+        return 0.0
+    largest = gains if k >= len(gains) else np.partition(gains, len(gains) - k)[len(gains) - k :]
+    out = float(largest.sum())
+    if costs is not None and np.isfinite(out):
+        prices = costs[free]
+        order = np.argsort(-gains / prices, kind="stable")
+        paid = np.cumsum(prices[order])
+        part = np.clip((budget - (paid - prices[order])) / prices[order], 0.0, 1.0)
+        out = min(out, float((gains[order] * part).sum()))
+    return out
+
+
+class Objective(ABC):
+    """A set function with the picks made so far.
+
+    Attributes:
+        n: candidates.
+        kernel: for representatives, or None.
+        falling: gains never rise (submodular): lazy search is exact.
+        monotone: gains are never negative: with `falling`, certificates hold.
+        cheap: all gains cost about as much as one, for they are kept up to date.
+    """
+
+    n: int
+    kernel: Kernel | None = None
+    falling = True
+    monotone = True
+    cheap = False
+
+    @abstractmethod
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return (c,) float64: what each of some candidates would add."""
+
+    @abstractmethod
+    def add(self, index: int) -> None:
+        """Note a pick."""
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        raise SelectionError("this objective does not know the value of all instances: coverage can't stop it")
+
+
+class Searched(State):
+    """An objective with a search for its best candidate: plain, lazy or stochastic."""
+
+    def __init__(self, objective: Objective, search: Search, *, k: int = 1, seed: int = 0, miss: float = 0.01) -> None:
+        """Choose the search.
+
+        Args:
+            objective: a fresh objective.
+            search: "auto" is lazy where that is exact and pays, else plain.
+            k: picks wanted; decides the stochastic sample.
+            seed: for the stochastic search.
+            miss: the stochastic search looks at (n/k)·ln(1/miss) candidates a pick and expects at least
+                1 − 1/e − miss of the optimum (Mirzasoleiman et al. 2015).
+        """
+        if search not in ("auto", "plain", "lazy", "stochastic"):
+            raise SelectionError(f"there is no algorithm {search!r}: expected auto, plain, lazy or stochastic")
+        if search == "lazy" and not objective.falling:
+            raise SelectionError("lazy search needs gains that never rise: use 'plain' with this objective")
+        if search == "auto":
+            search = "plain" if objective.cheap or not objective.falling else "lazy"
+        self.objective, self.name, self.n, self.kernel = objective, search, objective.n, objective.kernel
+        self.bounded = objective.falling and objective.monotone
+        self.bounds = np.full(self.n, np.inf)
+        self.fresh = np.zeros(self.n, np.bool_)
+        self.generator = np.random.default_rng(seed)
+        self.sample = max(1, int(np.ceil(self.n / max(1, k) * np.log(1.0 / miss))))
+
+    def best(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64] | None = None) -> tuple[int, float]:
+        """Return the candidate of the largest gain (per cost) that the search finds; ties go to the lowest position."""
+        candidates = np.flatnonzero(allowed)
+        if self.name == "stochastic" and self.sample < len(candidates):
+            candidates = np.sort(self.generator.choice(candidates, self.sample, replace=False))
+        if self.name == "lazy":
+            return self._lazy(candidates, costs)
+        gains = self._evaluate(candidates)
+        rates = gains if costs is None else gains / costs[candidates]
+        winner = int(rates.argmax())
+        return int(candidates[winner]), float(gains[winner])
+
+    def _evaluate(self, candidates: NDArray[np.int64]) -> NDArray[np.float64]:
+        gains = self.objective.gains(candidates)
+        self.bounds[candidates] = gains
+        self.fresh[candidates] = True
+        return gains
+
+    def _lazy(self, candidates: NDArray[np.int64], costs: NDArray[np.float64] | None) -> tuple[int, float]:
+        price = np.ones(len(candidates)) if costs is None else costs[candidates]
+        width = FIRST_BATCH
+        while True:
+            rates = self.bounds[candidates] / price
+            done = self.fresh[candidates]
+            top = rates[done].max(initial=-np.inf)
+            waiting = np.flatnonzero(~done & (rates + 1e-12 * np.abs(rates) >= top))
+            if not len(waiting):
+                winner = int(np.flatnonzero(done & (rates == top))[0])
+                return int(candidates[winner]), float(self.bounds[candidates[winner]])
+            if len(waiting) > width:
+                waiting = np.sort(waiting[np.argsort(-rates[waiting], kind="stable")[:width]])
+            self._evaluate(candidates[waiting])
+            width = min(2 * width, LAST_BATCH)
+
+    def add(self, index: int, position: int) -> None:
+        """Note a pick."""
+        self.objective.add(index)
+        self.fresh[:] = False
+
+    def gain(self, index: int) -> float:
+        """Return the gain of one candidate."""
+        return float(self.objective.gains(np.array([index], np.int64))[0])
+
+    def upper(self) -> NDArray[np.float64]:
+        """Return upper bounds on the gains left; infinite where a stochastic search never looked."""
+        if self.bounded and self.name != "stochastic" and np.isinf(self.bounds).any():
+            self._evaluate(np.arange(self.n))
+        return self.bounds
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return self.objective.ceiling()

@@ -1,0 +1,286 @@
+"""Objectives that greedy maximises, besides facility location: each a small class with gains and picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from repmatch.errors import SelectionError
+from repmatch.selectors.greedy import Objective
+from repmatch.selectors.kernels import Floats, Kernel
+
+Concave = Literal["sqrt", "log"]
+
+
+class Coverage(Objective):
+    """Facility location by columns: Σ_i max_{j ∈ S} max(K_ij, 0). For stochastic search and mixtures."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.n = kernel, kernel.shape[1]
+        self.cover = np.zeros(kernel.shape[0])
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        return _by_columns(self.kernel, indices, lambda c: np.maximum(c - self.cover[:, None], 0.0))
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.cover = np.maximum(self.cover, _column(self.kernel, index))
+
+
+class GraphCut(Objective):
+    """Similar to all, unlike each other: λ Σ_i Σ_{j ∈ S} K_ij − Σ_{i, j ∈ S} K_ij (Iyer and Bilmes 2013).
+
+    Submodular for similarities of at least 0, monotone for λ ≥ 2.
+    """
+
+    cheap = True
+
+    def __init__(self, kernel: Kernel, *, trade: float = 2.0) -> None:
+        """Take a square kernel.
+
+        Args:
+            kernel: similarities of all instances with each other, at least 0.
+            trade: λ; the smaller, the more different the picks.
+        """
+        if not trade >= 0.0:
+            raise SelectionError(f"trade = {trade}: expected a number of at least 0")
+        self.kernel, self.n, self.monotone = kernel, kernel.shape[1], trade >= 2.0
+        self.now = trade * kernel.shape[0] * kernel.means() - kernel.diagonal()
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        return self.now[indices]
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.now -= 2.0 * _need(self.kernel).columns(np.array([index], np.int64))[:, 0]
+
+
+class SaturatedCoverage(Objective):
+    """Every instance is covered by all picks together, up to a share of its total: Σ_i min(Σ_{j ∈ S} K_ij, α Σ_j K_ij).
+
+    Lin and Bilmes 2011. Monotone and submodular for similarities of at least 0.
+    """
+
+    def __init__(self, kernel: Kernel, *, saturation: float = 0.1) -> None:
+        """Take a kernel.
+
+        Args:
+            kernel: similarities, at least 0.
+            saturation: α, 0 to 1; an instance is satisfied once its picks reach this share of its total similarity.
+        """
+        if not 0.0 < saturation <= 1.0:
+            raise SelectionError(f"saturation = {saturation}: expected above 0, at most 1")
+        self.kernel, self.n = kernel, kernel.shape[1]
+        totals = kernel.means() * kernel.shape[0] if kernel.symmetric else _row_sums(kernel)
+        self.limit, self.cover = saturation * totals, np.zeros(kernel.shape[0])
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        room = (self.limit - self.cover)[:, None]
+        return _by_columns(self.kernel, indices, lambda c: np.minimum(np.maximum(c, 0.0), room))
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.cover = np.minimum(self.cover + np.maximum(_column(self.kernel, index), 0.0), self.limit)
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return float(self.limit.sum())
+
+
+class FeatureCoverage(Objective):
+    """Every feature is present, with falling returns: Σ_f w_f · g(Σ_{j ∈ S} x_jf), g concave (Wei et al. 2014)."""
+
+    def __init__(
+        self,
+        features: ArrayLike,
+        *,
+        weights: ArrayLike | None = None,
+        concave: Concave = "sqrt",
+        kernel: Kernel | None = None,
+    ) -> None:
+        """Take features.
+
+        Args:
+            features: (n, f) floats of at least 0.
+            weights: (f,) floats of at least 0; 1 each by default.
+            concave: g: "sqrt" or "log" (of 1 + x).
+            kernel: for the representatives only.
+        """
+        x = np.asarray(features, np.float64)
+        if x.ndim != 2 or not np.isfinite(x).all() or (x < 0).any():
+            raise SelectionError(f"features {x.shape} can't be used: expected (n, f) finite numbers of at least 0")
+        w = np.ones(x.shape[1]) if weights is None else np.asarray(weights, np.float64)
+        if w.shape != (x.shape[1],) or not (w >= 0).all():
+            raise SelectionError(f"weights have shape {w.shape}: expected ({x.shape[1]},) numbers of at least 0")
+        if concave not in ("sqrt", "log"):
+            raise SelectionError(f"there is no concave function {concave!r}: expected sqrt or log")
+        self.features, self.weights, self.kernel, self.n = x, w, kernel, len(x)
+        self.total = np.zeros(x.shape[1])
+        self.concave = np.sqrt if concave == "sqrt" else np.log1p
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        out = np.empty(len(indices))
+        before = self.concave(self.total)
+        step = max(1, (8 << 20) // max(1, 8 * len(self.weights)))
+        for lo in range(0, len(indices), step):
+            after = self.concave(self.total + self.features[indices[lo : lo + step]])
+            out[lo : lo + step] = ((after - before) * self.weights).sum(axis=1)
+        return out
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.total = self.total + self.features[index]
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return float((self.concave(self.features.sum(axis=0)) * self.weights).sum())
+
+
+class LogDeterminant(Objective):
+    """Picks that span a large volume: log det(K_S + εI), the greedy MAP of a determinantal point process.
+
+    Chen et al. 2018, algorithm 1: a Cholesky factor grows by a row a pick, in O(n) each. Submodular, not monotone.
+    """
+
+    cheap = True
+    monotone = False
+    least = 1e-12
+
+    def __init__(self, kernel: Kernel, *, ridge: float = 1e-6) -> None:
+        """Take a positive semi-definite kernel.
+
+        Args:
+            kernel: similarities of all instances with each other.
+            ridge: ε, added to the diagonal so that duplicates don't end the selection.
+        """
+        self.kernel, self.n = kernel, kernel.shape[1]
+        self.left = kernel.diagonal() + ridge
+        self.ridge = ridge
+        self.factor: list[NDArray[np.float64]] = []
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        return np.asarray(np.log(np.maximum(self.left[indices], self.least)))
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        row = _column(self.kernel, index).astype(np.float64)
+        row[index] += self.ridge
+        for known in self.factor:
+            row -= known[index] * known
+        row /= np.sqrt(max(float(self.left[index]), self.least))
+        self.left = self.left - row**2
+        self.factor.append(row)
+
+
+class MeanMatch(Objective):
+    """Picks whose mean is that of all: V − MMD²(S), with V the mean of all similarities (kernel herding).
+
+    Welling 2009; Chen, Welling and Smola 2010. Greedy on the exact MMD² of the picks with the target; the target enters
+    through each candidate's mean similarity with it alone, which factors give without any n × n pass.
+    """
+
+    cheap = True
+    falling = False
+    monotone = False
+
+    def __init__(self, kernel: Kernel, *, means: ArrayLike | None = None) -> None:
+        """Take a kernel.
+
+        Args:
+            kernel: similarities of all candidates with each other.
+            means: (n,) each candidate's mean similarity with the target; the candidates themselves by default.
+        """
+        self.kernel, self.n = kernel, kernel.shape[1]
+        self.target = kernel.means() if means is None else np.asarray(means, np.float64)
+        if self.target.shape != (self.n,):
+            raise SelectionError(f"means have shape {self.target.shape}: expected ({self.n},)")
+        self.self_similarity = kernel.diagonal()
+        self.with_picks = np.zeros(self.n)
+        self.count, self.cross, self.within, self.value = 0, 0.0, 0.0, 0.0
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        t = self.count + 1
+        cross = self.cross + self.target[indices]
+        within = self.within + 2.0 * self.with_picks[indices] + self.self_similarity[indices]
+        return np.asarray(2.0 * cross / t - within / t**2 - self.value)
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.value += float(self.gains(np.array([index], np.int64))[0])
+        self.cross += float(self.target[index])
+        self.within += float(2.0 * self.with_picks[index] + self.self_similarity[index])
+        self.with_picks = self.with_picks + _column(self.kernel, index)
+        self.count += 1
+
+
+class Mixture(Objective):
+    """A weighted sum of objectives."""
+
+    def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
+        """Take objectives.
+
+        Args:
+            parts: weights of at least 0 and fresh objectives over the same candidates, at least one.
+        """
+        sizes = {part.n for _, part in parts}
+        if len(sizes) != 1 or any(not w >= 0.0 for w, _ in parts):
+            raise SelectionError(f"a mixture of sizes {sorted(sizes)}: expected one size and weights of at least 0")
+        self.parts, self.n = list(parts), sizes.pop()
+        self.kernel = next((p.kernel for _, p in parts if p.kernel is not None), None)
+        self.falling = all(p.falling for _, p in parts)
+        self.monotone = all(p.monotone for _, p in parts)
+        self.cheap = all(p.cheap for _, p in parts)
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        out = np.zeros(len(indices))
+        for weight, part in self.parts:
+            out += weight * part.gains(indices)
+        return out
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        for _, part in self.parts:
+            part.add(index)
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return float(sum(weight * part.ceiling() for weight, part in self.parts))
+
+
+def _need(kernel: Kernel | None) -> Kernel:
+    if kernel is None:
+        raise SelectionError("this objective needs a kernel")
+    return kernel
+
+
+def _column(kernel: Kernel | None, index: int) -> NDArray[np.float64]:
+    return np.asarray(_need(kernel).columns(np.array([index], np.int64))[:, 0], np.float64)
+
+
+def _row_sums(kernel: Kernel) -> NDArray[np.float64]:
+    out = np.zeros(kernel.shape[0])
+    for lo in range(0, kernel.shape[1], 256):
+        out += kernel.columns(np.arange(lo, min(kernel.shape[1], lo + 256))).sum(axis=1, dtype=np.float64)
+    return out
+
+
+def _by_columns(
+    kernel: Kernel | None, indices: NDArray[np.int64], term: Callable[[Floats], Floats]
+) -> NDArray[np.float64]:
+    """Sum a term over the rows of columns, a block at a time."""
+    whole = _need(kernel)
+    out = np.empty(len(indices))
+    step = max(1, (16 << 20) // (8 * max(1, whole.shape[0])))
+    for lo in range(0, len(indices), step):
+        out[lo : lo + step] = term(whole.columns(indices[lo : lo + step])).sum(axis=0, dtype=np.float64)
+    return out

@@ -1,0 +1,496 @@
+"""RepMatch and its relatives on arrays: how alike are two LoRA factors.
+
+U holds the left singular vectors of ΔW = B·A in torch's (out, in) layout as columns. Sources: Hu et al. 2021, LoRA,
+section 7.2 (the subspace similarity φ); Modarres et al. 2024, RepMatch (its maximum over i, j and mean over matrices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from repmatch.blocks import BLOCK_BYTES, dense_block, row_blocks, same_space, second_moment, take
+from repmatch.datamodels import Factors, Layout
+from repmatch.errors import InputError, UsageError
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+ROWS = 1 << 16  # instances scored at a time by top_k
+TIE = 4e-6  # float32 scores closer than this are compared in float64
+Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
+
+
+def grassmann(u1: ArrayLike, u2: ArrayLike, i: int | None = None, j: int | None = None) -> float:
+    """Return φ(i, j) = ‖U₁[:, :i]ᵀ U₂[:, :j]‖²_F / min(i, j) (Hu et al. 2021, section 7.2).
+
+    Args:
+        u1: (d, r₁) orthonormal columns in order of falling singular value, or (d,) for one; zeros mark missing rank.
+        u2: (d, r₂) or (d,), likewise.
+        i: leading columns of u1 that count, all by default.
+        j: leading columns of u2 that count, all by default.
+
+    Returns:
+        A number in [0, 1]; 0 where either side is zero.
+
+    Raises:
+        UsageError: columns are not orthonormal, the lengths differ, or i or j is out of range.
+    """
+    left, right = _frame(u1, "u1"), _frame(u2, "u2")
+    _same_length(left, right)
+    i, j = left.shape[1] if i is None else i, right.shape[1] if j is None else j
+    for name, value, limit in (("i", i, left.shape[1]), ("j", j, right.shape[1])):
+        if not 1 <= value <= limit:
+            raise UsageError(f"{name} = {value} is out of range: expected 1 to {limit}, the number of columns")
+    overlap = float(np.square(left[:, :i].T @ right[:, :j]).sum()) / min(i, j)
+    return min(1.0, overlap)
+
+
+def matrix_scores(u1: Floats | Blocks, u2: Floats | Blocks) -> NDArray[np.float64]:
+    """Return the RepMatch score of each matrix: the maximum of φ(i, j) over all i, j.
+
+    Args:
+        u1: (m, d, r) array, or m arrays (dᵢ, rᵢ); orthonormal columns in order of falling singular value.
+        u2: likewise; ranks may differ from u1's.
+
+    Returns:
+        (m,) float64 in [0, 1].
+
+    Raises:
+        UsageError: another number of matrices, other lengths, or columns that are not orthonormal.
+    """
+    if len(u1) != len(u2):
+        raise UsageError(f"adapters of {len(u1)} and {len(u2)} matrices can't be compared: both need the same matrices")
+    out = np.empty(len(u1))
+    for m, (a, b) in enumerate(zip(u1, u2, strict=True)):
+        left, right = _frame(a, f"u1[{m}]"), _frame(b, f"u2[{m}]")
+        _same_length(left, right)
+        out[m] = _best(np.square(left.T @ right)[None])[0]
+    return out
+
+
+def repmatch_score(u1: Floats | Blocks, u2: Floats | Blocks) -> float:
+    """Return the RepMatch score of two adapters: the mean of `matrix_scores` (Modarres et al. 2024, section 3).
+
+    Args:
+        u1: (m, d, r) array, or m arrays (dᵢ, rᵢ); orthonormal columns in order of falling singular value.
+        u2: likewise; ranks may differ from u1's.
+
+    Returns:
+        A number in [0, 1]. For unrelated adapters expect `chance(layout)`.
+
+    Raises:
+        UsageError: another number of matrices, other lengths, or columns that are not orthonormal.
+    """
+    if len(u1) == 0:
+        raise UsageError("an adapter without matrices has no score: expected at least one matrix")
+    return float(matrix_scores(u1, u2).mean())
+
+
+def orthonormal(b: ArrayLike, a: ArrayLike) -> NDArray[np.float64]:
+    """Return the left singular vectors of B·A without a d × d decomposition: QR of Aᵀ, then an SVD of (d_out, r).
+
+    Args:
+        b: (d_out, r) floats, LoRA's B.
+        a: (r, d_in) floats, LoRA's A.
+
+    Returns:
+        (d_out, r) float64 in order of falling singular value; columns whose singular value is 0 are 0.
+    """
+    left, right = np.asarray(b, np.float64), np.asarray(a, np.float64)
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise UsageError(f"B {left.shape} and A {right.shape} don't multiply: expected (d_out, r) and (r, d_in)")
+    triangle: NDArray[np.float64] = np.asarray(np.linalg.qr(right.T, mode="r"))
+    vectors, values, _ = np.linalg.svd(left @ triangle.T, full_matrices=False)
+    out = np.zeros(left.shape)
+    kept = values > values.max(initial=0.0) * max(left.shape) * np.finfo(np.float64).eps
+    out[:, : len(values)] = vectors * kept
+    return out
+
+
+def chance(layout: Layout) -> float:
+    """Return the score to expect of unrelated random directions.
+
+    Args:
+        layout: the adapted matrices and the rank.
+
+    Returns:
+        Rank 1: the mean of 1/d_out, exact. Higher ranks: the mean of E[max φ(i, j)], estimated from 20,000 random pairs
+        of subspaces drawn with a fixed seed, so always the same number (standard error below 0.5 %).
+    """
+    return float(np.mean([_chance(d, layout.rank) for d in layout.dims]))
+
+
+@lru_cache(maxsize=256)
+def _chance(d: int, r: int) -> float:
+    if r == 1:
+        return 1.0 / d
+    if d < r:
+        raise UsageError(f"rank {r} exceeds d_out {d}: columns can't be orthonormal")
+    # By symmetry U₁ may be the first r axes, so only the top r rows of a random U₂ matter. With G Gaussian,
+    # U₂ = G·chol(GᵀG)⁻ᵀ; GᵀG is the top block's plus a Wishart matrix, drawn by Bartlett's decomposition.
+    generator, trials = np.random.default_rng([d, r]), 20_000
+    top = generator.standard_normal((trials, r, r))
+    rest = d - r
+    lower = np.tril(generator.standard_normal((trials, r, r)), -1)
+    for c in range(r):
+        lower[:, c, c] = np.sqrt(generator.chisquare(rest - c, trials)) if rest > c else 0.0
+    if rest < r:
+        tail = generator.standard_normal((trials, rest, r))
+        wishart = tail.transpose(0, 2, 1) @ tail
+    else:
+        wishart = lower @ lower.transpose(0, 2, 1)
+    triangle = np.linalg.cholesky(top.transpose(0, 2, 1) @ top + wishart)
+    overlap = np.linalg.solve(triangle, top.transpose(0, 2, 1))
+    return float(_best(np.square(overlap)).mean())
+
+
+def score_against(factors: Factors, u: Blocks) -> NDArray[np.float32]:
+    """Score every instance against one adapter, per matrix: the maximum of φ(i, j) over all i, j.
+
+    Args:
+        factors: n instances.
+        u: m arrays (d_out, r) with orthonormal columns in order of falling singular value; any rank.
+
+    Returns:
+        (n, m) float32 in [0, 1]; 0 where a factor is zero. Average over axis 1 for the RepMatch score.
+
+    Raises:
+        UsageError: another number of matrices, another d_out, or columns that are not orthonormal.
+    """
+    return _scores(factors, u).astype(np.float32)
+
+
+def _scores(factors: Factors, u: Blocks, *, exact: bool = False) -> Floats:
+    dims = factors.layout.dims
+    if len(u) != len(dims):
+        raise UsageError(f"the adapter has {len(u)} matrices, the instances {len(dims)}: expected the same")
+    frames = [_frame(block, f"u[{m}]") for m, block in enumerate(u)]
+    out = np.zeros((len(factors), len(dims)), np.float64 if exact else np.float32)
+    for m, frame in enumerate(frames):
+        if len(frame) != dims[m]:
+            raise UsageError(f"matrix {factors.matrices[m]!r} has d_out {dims[m]} here, {len(frame)} in the adapter")
+        for lo, hi, overlap in _overlaps(factors, m, frame, exact=exact):
+            out[lo:hi, m] = _best(np.square(overlap))
+    out[factors.norms == 0] = 0.0
+    return out
+
+
+def signed_against(factors: Factors, directions: Blocks) -> NDArray[np.float32]:
+    """Return the cosine of every instance's ΔW with one direction, per matrix: negative where they pull apart.
+
+    Args:
+        factors: n instances.
+        directions: m arrays. Rank 1: (d_out,) or (d_out, 1), of any length. Rank r > 1: (d_out, r), ΔW·Q of the other
+            adapter with Q the space's orthonormal basis of the rows of A (for an instance: values · core).
+
+    Returns:
+        (n, m) float32 in [−1, 1]; 0 where a factor or a direction is zero.
+
+    Raises:
+        UsageError: shapes that don't fit, or rank above 1 without cores.
+    """
+    return _cosines(factors, directions).astype(np.float32)
+
+
+def _cosines(factors: Factors, directions: Blocks, *, exact: bool = False) -> Floats:
+    layout = factors.layout
+    if len(directions) != len(layout.dims):
+        raise UsageError(f"got {len(directions)} directions for {len(layout.dims)} matrices: expected one each")
+    if layout.rank > 1 and factors.cores is None:
+        raise UsageError(f"signed similarity at rank {layout.rank} needs cores, and these factors have none")
+    out = np.zeros((len(factors), len(layout.dims)), np.float64 if exact else np.float32)
+    for m, block in enumerate(directions):
+        direction = np.asarray(block, np.float64).reshape(len(block), -1)
+        if direction.shape != (layout.dims[m], layout.rank):
+            raise UsageError(f"direction {m} has shape {direction.shape}: expected {(layout.dims[m], layout.rank)}")
+        length = float(np.linalg.norm(direction))
+        if length == 0.0:
+            continue
+        for lo, hi, overlap in _overlaps(factors, m, direction / length, exact=exact):
+            if factors.cores is None:
+                cosine = overlap[:, 0, 0]
+            else:  # ⟨V·C, D⟩ / ‖C‖ = ⟨C, VᵀD⟩ / ‖C‖, for the columns of V are orthonormal
+                core = np.asarray(factors.cores[lo:hi, m], np.float64)
+                size = np.linalg.norm(core, axis=(1, 2))
+                cosine = (core * overlap).sum(axis=(1, 2)) / np.where(size > 0, size, 1.0)
+            out[lo:hi, m] = np.clip(cosine, -1.0, 1.0)
+    out[factors.norms == 0] = 0.0
+    return out
+
+
+def kernel_block(a: Factors, b: Factors) -> NDArray[np.float32]:
+    """Return the RepMatch kernel of all pairs: the mean over matrices of tr(P₁P₂)/√(r₁r₂), positive semi-definite.
+
+    P projects on the columns of U and r₁, r₂ are the columns that are not zero: at full rank this is φ(r, r), and a
+    factor of lower rank (the last layer's query often has rank 1) still has kernel 1 with itself.
+
+    Args:
+        a: na instances.
+        b: nb instances of the same space.
+
+    Returns:
+        (na, nb) float32 in [0, 1]; 0 with a zero factor. At rank 1 this is the RepMatch score itself.
+
+    Raises:
+        SpaceMismatchError: the two are of different spaces.
+    """
+    same_space(a, b)
+    if a.bits is not None and b.bits is not None:
+        from repmatch import signcodes
+
+        alive = [(f.bits, f.norms != 0) for f in (a, b) if f.bits is not None]
+        return signcodes.kernel(alive[0], alive[1], a.layout.words, a.layout.dims)
+    r, count = a.layout.rank, len(a.layout.dims)
+    out = np.empty((len(a), len(b)), np.float32)
+    step = max(64, BLOCK_BYTES // (16 * r * r * max(1, len(b))))
+    for m, d in enumerate(a.layout.dims):
+        theirs = _at_full_rank(dense_block(b, m, 0, len(b)))
+        other = theirs[:, :, 0].T if r == 1 else np.ascontiguousarray(theirs.transpose(1, 0, 2)).reshape(d, -1)
+        for lo in range(0, len(a), step):
+            hi = min(len(a), lo + step)
+            mine = _at_full_rank(dense_block(a, m, lo, hi))
+            overlap = (mine[:, :, 0] if r == 1 else mine.transpose(0, 2, 1).reshape(-1, d)) @ other
+            np.square(overlap, out=overlap)
+            if r > 1:
+                overlap = overlap.reshape(hi - lo, r, len(b), r).sum(axis=(1, 3))
+            if m == 0:
+                out[lo:hi] = overlap
+            else:
+                out[lo:hi] += overlap
+    if r * count > 1:
+        out /= np.float32(r * count)
+    return np.minimum(out, np.float32(1.0), out=out)
+
+
+def _at_full_rank(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale (n, d, r) columns so that tr(P₁P₂)/r becomes tr(P₁P₂)/√(r₁r₂) for blocks with zero columns."""
+    if block.shape[2] == 1:
+        return block
+    scaled: NDArray[np.float32] = block * np.sqrt(_missing_rank(block))[:, None, None]
+    return scaled
+
+
+def _missing_rank(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return √(r / columns that are not zero) of each of (n, d, r); 1 for a zero factor, which stays zero."""
+    columns = block.any(axis=1).sum(axis=1)
+    missing: NDArray[np.float32] = np.sqrt(block.shape[2] / np.maximum(columns, 1)).astype(np.float32)
+    return missing
+
+
+def mean_similarity(factors: Factors, to: Factors) -> NDArray[np.float32]:
+    """Return each instance's mean kernel value with a whole set, exact, through the set's mean projectors.
+
+    mean_j tr(P P_j)/√(r r_j) = tr(Uᵀ P̄ U)/√r with P̄ the mean of U_j U_jᵀ/√r_j, one (d, d) matrix for each adapted
+    matrix: the cost does not grow with the product of the two sizes.
+
+    Args:
+        factors: n instances.
+        to: the set, of the same space, not empty.
+
+    Returns:
+        (n,) float32 in [0, 1], mean over matrices.
+    """
+    same_space(factors, to)
+    if len(to) == 0:
+        raise UsageError("the mean similarity to an empty set is not defined: expected at least one instance")
+    total = np.zeros(len(factors))
+    for m in range(len(factors.layout.dims)):
+        weights = None
+        if to.layout.rank > 1:
+            weights = np.concatenate([_missing_rank(dense_block(to, m, lo, hi)) for lo, hi in row_blocks(to, m)])
+            weights /= len(to)
+        moment = second_moment(to, m, weights).astype(np.float32)
+        for lo, hi in row_blocks(factors, m):
+            block = _at_full_rank(dense_block(factors, m, lo, hi))
+            image = np.matmul(moment, block) if block.shape[2] > 1 else (block[:, :, 0] @ moment)[:, :, None]
+            total[lo:hi] += np.einsum("ndr,ndr->n", image, block)
+    total /= len(factors.layout.dims) * factors.layout.rank
+    return np.clip(total, 0.0, 1.0).astype(np.float32)
+
+
+def directions_of(factors: Factors, row: int) -> list[NDArray[np.float64]]:
+    """Return one instance's ΔW per matrix, up to scale, in the space's basis of the rows of A.
+
+    Args:
+        factors: n instances.
+        row: its position.
+
+    Returns:
+        m arrays (d_out, r): the unit vector at rank 1, values · core above.
+    """
+    out = []
+    for m in range(len(factors.layout.dims)):
+        block = dense_block(factors, m, row, row + 1)[0].astype(np.float64)
+        out.append(block if factors.cores is None else block @ factors.cores[row, m])
+    return out
+
+
+def score_instance(factors: Factors, query: Factors, *, signed: bool = False) -> NDArray[np.float32]:
+    """Score every instance against one other instance, per matrix.
+
+    Args:
+        factors: n instances.
+        query: one instance of the same space.
+        signed: the cosine of the two ΔW in place of the RepMatch score.
+
+    Returns:
+        (n, m) float32; 0 where either factor is zero.
+    """
+    return _against(query, factors, signed=signed).astype(np.float32)
+
+
+def _against(query: Factors | Blocks, factors: Factors, *, signed: bool, exact: bool = False) -> Floats:
+    """Score instances against an adapter or one instance, per matrix; exact: in float64."""
+    if not isinstance(query, Factors):
+        return _cosines(factors, query, exact=exact) if signed else _scores(factors, query, exact=exact)
+    same_space(factors, query)
+    if len(query) != 1:
+        raise UsageError(f"the query holds {len(query)} instances: expected exactly one")
+    out: Floats
+    if factors.bits is not None and query.bits is not None:
+        from repmatch import signcodes
+
+        out = signcodes.cosines(query.bits[0], factors.bits, factors.layout.words, factors.layout.dims)
+        out[factors.norms == 0] = 0.0
+        out = out if signed else np.square(out)
+    elif signed:
+        out = _cosines(factors, directions_of(query, 0), exact=exact)
+    else:
+        frames = [dense_block(query, m, 0, 1)[0] for m in range(len(factors.layout.dims))]
+        out = _scores(factors, frames, exact=exact)
+    out[:, query.norms[0] == 0] = 0.0
+    return out
+
+
+def top_k(
+    query: int | Factors | Blocks,
+    factors: Factors,
+    k: int,
+    *,
+    signed: bool = False,
+    exclude: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the k instances most similar to a query, exact, best first.
+
+    Args:
+        query: a position in `factors`, one instance's factors, or an adapter as `score_against` (signed: as
+            `signed_against`) takes it.
+        factors: n instances.
+        k: how many; all of them where k exceeds what is left.
+        signed: by the cosine of the two ΔW in place of the RepMatch score.
+        exclude: positions that must not be returned; the query itself is returned unless named here.
+
+    Returns:
+        (k,) int64 positions and (k,) float32 scores, mean over matrices; equal scores in order of their ids.
+    """
+    if isinstance(query, int | np.integer):
+        if not 0 <= query < len(factors):
+            raise UsageError(f"query {query} is out of range: expected 0 to {len(factors) - 1}")
+        query = take(factors, slice(int(query), int(query) + 1))
+    parts = []
+    for lo in range(0, len(factors), ROWS):
+        piece = take(factors, slice(lo, min(len(factors), lo + ROWS)))
+        parts.append(_against(query, piece, signed=signed).mean(axis=1))
+    means = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    if factors.bits is None and len(means):  # float32 products of equal rows may differ in their last bit: settle ties
+        close, _ = best_k(means, factors.ids, k, exclude=exclude)
+        last = means[close].min(initial=np.float32(np.inf))
+        near = np.flatnonzero(means >= last - TIE)
+        for lo in range(0, len(near), ROWS):
+            rows = near[lo : lo + ROWS]
+            means[rows] = _against(query, take(factors, rows), signed=signed, exact=True).mean(axis=1)
+    return best_k(means, factors.ids, k, exclude=exclude)
+
+
+def best_k(
+    scores: NDArray[np.float32],
+    ids: Sequence[str],
+    k: int,
+    *,
+    exclude: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the k highest scores, best first; equal scores in order of their ids.
+
+    Args:
+        scores: (n,) float32.
+        ids: n ids.
+        k: how many; all of them where k exceeds what is left.
+        exclude: positions that must not be returned.
+
+    Returns:
+        (k,) int64 positions and (k,) float32 scores.
+
+    Raises:
+        InputError: a score is not a number.
+        UsageError: k is negative.
+    """
+    if k < 0:
+        raise UsageError(f"k = {k} is negative: expected 0 or more")
+    if not np.isfinite(scores).all():
+        raise InputError(f"the score of {ids[int(np.argmin(np.isfinite(scores)))]!r} is not a finite number")
+    allowed = np.ones(len(scores), np.bool_)
+    if exclude is not None:
+        allowed[np.asarray(exclude, np.int64)] = False
+    places = np.flatnonzero(allowed)
+    k = min(k, len(places))
+    if k == 0:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    last = np.partition(scores[places], len(places) - k)[len(places) - k]
+    above = places[scores[places] > last]
+    tied = sorted(places[scores[places] == last].tolist(), key=lambda i: ids[i])[: k - len(above)]
+    order = sorted(above.tolist(), key=lambda i: (-scores[i], ids[i])) + tied
+    picked = np.asarray(order, np.int64)
+    return picked, scores[picked]
+
+
+def _overlaps(factors: Factors, m: int, frame: Floats, *, exact: bool) -> Iterator[tuple[int, int, Floats]]:
+    """Yield (lo, hi, (hi − lo, r, c) products of the instances' columns with those of one frame)."""
+    if factors.bits is not None:
+        from repmatch import signcodes
+
+        start = sum(factors.layout.words[:m])
+        columns = [signcodes.dots(factors.bits, start, frame[:, c]) for c in range(frame.shape[1])]
+        yield 0, len(factors), np.stack(columns, axis=1)[:, None, :]
+        return
+    narrow = frame.astype(np.float32)
+    for lo, hi in row_blocks(factors, m):
+        block = dense_block(factors, m, lo, hi)
+        if exact:  # each row on its own, so that equal rows give equal numbers wherever they stand
+            yield lo, hi, np.einsum("ndr,dc->nrc", block.astype(np.float64), frame)
+        elif block.shape[2] == 1:
+            yield lo, hi, (block[:, :, 0] @ narrow)[:, None, :]
+        else:
+            yield lo, hi, np.matmul(block.transpose(0, 2, 1), narrow)
+
+
+def _best(squares: Floats) -> Floats:
+    """Return max over i, j of φ(i, j) from (n, r₁, r₂) squared products: running sums over both axes give every φ."""
+    sums = squares.cumsum(axis=1).cumsum(axis=2)
+    smaller = np.minimum(np.arange(1, sums.shape[1] + 1)[:, None], np.arange(1, sums.shape[2] + 1))
+    out: Floats = np.minimum((sums / smaller.astype(sums.dtype)).max(axis=(1, 2)), 1.0)
+    return out
+
+
+def _same_length(a: Floats, b: Floats) -> None:
+    if len(a) != len(b):
+        raise UsageError(f"columns of length {len(a)} and {len(b)} can't be compared: d_out must be the same")
+
+
+def _frame(u: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Check that columns are orthonormal, or zero from some column on."""
+    out = np.asarray(u, np.float64)
+    out = out[:, None] if out.ndim == 1 else out
+    if out.ndim != 2 or out.shape[1] == 0:
+        raise UsageError(f"{name} has shape {out.shape}: expected (d, r), one column a singular vector")
+    gram = out.T @ out
+    kept = np.diag(gram) != 0
+    worst = float(np.abs(gram - np.diag(kept.astype(np.float64))).max())
+    if not worst < 1e-2:
+        raise UsageError(
+            f"the columns of {name} are not orthonormal: UᵀU differs from the identity by {worst:.3g}; "
+            "pass left singular vectors, repmatch.similarity.orthonormal(B, A) gives them"
+        )
+    return out

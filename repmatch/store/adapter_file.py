@@ -1,0 +1,87 @@
+"""Subset adapters as safetensors files that describe themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from repmatch.datamodels import Adapter
+from repmatch.errors import StoreCorruptError
+from repmatch.store.catalog import first
+from repmatch.store.records import next_key
+
+
+def adapter_bytes(adapter: Adapter) -> bytes:
+    """Return an adapter as the content of a safetensors file.
+
+    Args:
+        adapter: the adapter.
+
+    Returns:
+        A and B as `A/NAME` and `B/NAME`; everything else as JSON under `repmatch` in the metadata.
+    """
+    import numpy as np
+    from safetensors.numpy import save
+
+    tensors = {f"A/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.a.items()}
+    tensors |= {f"B/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.b.items()}
+    about = {name: getattr(adapter, name) for name in ("id", "space_id", "subset", "members")}
+    about |= {"recipe": dict(adapter.recipe), "record": dict(adapter.record)}
+    order = {"a": list(adapter.a), "b": list(adapter.b)}
+    data: bytes = save(tensors, metadata={"repmatch": json.dumps({**about, "order": order})})
+    return data
+
+
+def parse_adapter(data: bytes, path: Path) -> Adapter:
+    """Read an adapter from the content of its file.
+
+    Args:
+        data: the content.
+        path: the file, for the message.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        StoreCorruptError: it is not one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")
+        about: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["repmatch"])
+        order = about.pop("order")
+        a = {name: tensors[f"A/{name}"] for name in order["a"]}
+        b = {name: tensors[f"B/{name}"] for name in order["b"]}
+        return Adapter(**about, a=a, b=b)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StoreCorruptError(f"{path} is not the file of an adapter ({error}). Restore it from a backup.") from error
+
+
+def put_adapter(conn: Any, adapter: Adapter, data: bytes) -> None:
+    """Enter an adapter whose file is there.
+
+    Args:
+        conn: a connection in a transaction.
+        adapter: the adapter.
+        data: content of its file.
+    """
+    body = [adapter.space_id, adapter.subset, adapter.members]
+    body += [json.dumps(dict(adapter.recipe)), json.dumps(dict(adapter.record))]
+    values = [*body, hashlib.sha256(data).hexdigest(), len(data)]
+    found = first(conn.execute("SELECT pk FROM registry.adapters WHERE id = ?", [adapter.id]))
+    if found:
+        conn.execute(
+            "UPDATE registry.adapters SET space_id = ?, subset = ?, members = ?, recipe = ?, record = ?, sha256 = ?, "
+            "bytes = ? WHERE pk = ?",
+            [*values, found[0]],
+        )
+        return
+    conn.execute(
+        "INSERT INTO registry.adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, now()::TIMESTAMP)",
+        [next_key(conn, "adapters"), adapter.id, *values],
+    )

@@ -1,0 +1,365 @@
+"""The DuckDB catalog: short connections, one at a time in a process, retried while another process commits.
+
+A POSIX lock vanishes when the same process opens and closes the locked file in any other way, a refused second
+connection included; two writers would then erase each other's rows without an error. So all connections of a process
+to one catalog pass one gate, and nothing here opens `catalog.duckdb` but DuckDB.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repmatch.errors import (
+    RepMatchError,
+    StoreCorruptError,
+    StoreError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreVersionError,
+)
+from repmatch.store import migrations
+from repmatch.store.files import sync_folder, writing_to
+
+NAME = "catalog.duckdb"
+PATIENCE = 30.0
+_DAMAGE = ("corrupt", "checksum", "not a valid duckdb", "internal error", "serialization", "deserialize")
+
+
+@dataclass
+class _Gate:
+    lock: Any = field(default_factory=threading.RLock)
+    connection: Any = None
+
+
+_gates: dict[str, _Gate] = {}
+_gates_lock = threading.Lock()
+
+
+def _gate(path: Path) -> _Gate:
+    with _gates_lock:
+        return _gates.setdefault(os.path.realpath(path), _Gate())
+
+
+def explain(error: Exception, path: Path) -> RepMatchError:
+    """Turn an error of DuckDB into one of ours.
+
+    Args:
+        error: a `duckdb.Error`.
+        path: the catalog.
+
+    Returns:
+        The error, ready to raise.
+    """
+    text = str(error).strip()
+    lower = text.lower()
+    if "no space left" in lower or "disk quota" in lower:
+        return StoreError(f"the disk of {path} is full. What was committed before stays; make room and run it again.")
+    if "newer version of duckdb" in lower or "newer duckdb" in lower:
+        return StoreVersionError(f"{path} was written by a newer DuckDB: {text} Upgrade with: pip install -U duckdb")
+    if "read-only file system" in lower or "permission denied" in lower:
+        return StoreError(f"cannot open {path} for writing: {text} Open the store with mode='r' to read it.")
+    if any(sign in lower for sign in _DAMAGE):
+        return StoreCorruptError(
+            f"the catalog {path} is damaged or no DuckDB database: {text} Restore the store from a backup."
+        )
+    return StoreError(f"the catalog {path} refused: {text}")
+
+
+class Catalog:
+    """Opens the catalog for a moment at a time.
+
+    Args:
+        folder: the store.
+        patience: seconds to wait while another process holds DuckDB's lock.
+    """
+
+    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
+        self.path = folder / NAME
+        self.patience = patience
+
+    def exists(self) -> bool:
+        """Whether there is a catalog."""
+        return self.path.is_file()
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        """Open for reading; inside a transaction of the same thread, its connection.
+
+        Yields:
+            A DuckDB connection.
+        """
+        with self._opened(read_only=True) as conn:
+            yield conn
+
+    @contextmanager
+    def guarded(self) -> Iterator[Any]:
+        """Open for SQL that a user wrote: read-only, no files, no network, settings locked.
+
+        Errors of DuckDB pass unchanged, the caller knows what the user asked for.
+
+        Yields:
+            A DuckDB connection.
+        """
+        gate = _gate(self.path)
+        with gate.lock:
+            if gate.connection is not None:
+                raise StoreError("user-written SQL cannot run while this thread holds a transaction open.")
+            conn = gate.connection = self._connect(read_only=True)
+            try:
+                check_version(conn, self.path, write=False)
+                conn.execute("SET enable_external_access = false; SET lock_configuration = true")
+                yield conn
+            finally:
+                gate.connection = None
+                conn.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """Open for writing and run one transaction; inside another of the same thread, a part of that.
+
+        Yields:
+            A DuckDB connection.
+        """
+        import duckdb
+
+        gate = _gate(self.path)
+        with gate.lock:
+            if gate.connection is not None:
+                yield gate.connection
+                return
+            with self._opened(read_only=False) as conn:
+                conn.begin()
+                try:
+                    yield conn
+                    conn.commit()
+                except BaseException:
+                    with suppress(duckdb.Error):  # raised where the commit itself failed: nothing is left to undo
+                        conn.rollback()
+                    raise
+
+    @contextmanager
+    def _opened(self, read_only: bool) -> Iterator[Any]:
+        import duckdb
+
+        gate = _gate(self.path)
+        with gate.lock:
+            if gate.connection is not None:
+                yield gate.connection
+                return
+            conn = gate.connection = self._connect(read_only)
+            try:
+                check_version(conn, self.path, write=not read_only)
+                yield conn
+            except duckdb.Error as error:
+                raise explain(error, self.path) from error
+            finally:
+                gate.connection = None
+                conn.close()
+
+    @contextmanager
+    def attached(self, conn: Any) -> Iterator[None]:
+        """Attach the catalog to another database's connection for reading, as `catalog`.
+
+        Args:
+            conn: a connection of a scratch database.
+
+        Yields:
+            Nothing.
+        """
+        import duckdb
+
+        gate = _gate(self.path)
+        with gate.lock:
+            with self.reading():
+                pass
+            where = str(self.path).replace("'", "''")
+            self._patiently(lambda: conn.execute(f"ATTACH '{where}' AS catalog (READ_ONLY)"))
+            try:
+                yield
+            except duckdb.Error as error:
+                raise explain(error, self.path) from error
+            finally:
+                conn.execute("DETACH catalog")
+
+    def create(self) -> None:
+        """Make the catalog under a temporary name and rename it, so that it is there in full or not at all."""
+        import duckdb
+
+        from repmatch import __version__
+
+        new = self.path.with_name(NAME + ".new")
+        with writing_to(self.path):
+            for leftover in (new, new.with_name(new.name + ".wal")):
+                leftover.unlink(missing_ok=True)
+        try:
+            conn = duckdb.connect(str(new))
+            for step in range(migrations.schema()):
+                migrations.apply_step(conn, step)
+            conn.execute(
+                "INSERT INTO registry.meta VALUES ('uuid', ?), ('created_by', ?), ('created', now()::VARCHAR)",
+                [uuid.uuid4().hex, __version__],
+            )
+            conn.close()
+        except duckdb.Error as error:
+            raise explain(error, self.path) from error
+        with writing_to(self.path):
+            new.replace(self.path)
+            sync_folder(self.path.parent)
+
+    def migrate(self) -> None:
+        """Bring an older catalog to this version's schema, a copy of it first.
+
+        Raises:
+            StoreError: the copy failed, then nothing was changed; or a step failed.
+        """
+        import duckdb
+
+        gate = _gate(self.path)
+        with gate.lock:
+            conn = self._connect(read_only=False)
+            try:
+                found = int(read_meta(conn)["schema"])
+                if found >= migrations.schema():
+                    return
+                conn.execute("CHECKPOINT")
+            finally:
+                conn.close()
+            backup = self._backup(found)
+            conn = self._connect(read_only=False)
+            try:
+                for step in range(found, migrations.schema()):
+                    migrations.apply_step(conn, step)
+            except duckdb.Error as error:
+                raise StoreError(
+                    f"the store {self.path.parent} could not be brought from schema {found} to {migrations.schema()}: "
+                    f"{error} It is as it was before the failing step; {backup} is a copy from before."
+                ) from error
+            finally:
+                conn.close()
+
+    def _backup(self, schema: int) -> Path:
+        # Another process copies: opening the file in this one would drop DuckDB's lock on it.
+        target = self.path.with_name(f"{NAME}.schema-{schema}.backup")
+        code = "import os,shutil,sys; shutil.copyfile(*sys.argv[1:]); f=os.open(sys.argv[2],os.O_RDONLY); os.fsync(f)"
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, str(self.path), str(target)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise StoreError(f"could not back up {self.path} before migrating it: {done.stderr.strip()[-500:]}")
+        return target
+
+    def _connect(self, read_only: bool) -> Any:
+        import duckdb
+
+        if not self.exists():
+            raise StoreNotFoundError(
+                f"there is no store at {self.path.parent}. Make one with: repmatch ingest FILE --dataset NAME, "
+                "or name another with --store."
+            )
+        spill = str(Path(tempfile.gettempdir()) / f"repmatch-{os.getpid()}")
+        conn = self._patiently(
+            lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill})
+        )
+        conn.execute("SET enable_progress_bar = false")
+        return conn
+
+    def _patiently(self, connect: Any) -> Any:
+        import duckdb
+
+        deadline, pause = time.monotonic() + self.patience, 0.005
+        while True:
+            try:
+                return connect()
+            except duckdb.Error as error:
+                text = str(error)
+                if "different configuration" in text or "file handle conflict" in text:
+                    raise StoreLockedError(
+                        f"{self.path} is open in this process outside of repmatch. Close that connection first: two "
+                        "of them in one process can lose rows."
+                    ) from error
+                if "Could not set lock" not in text:
+                    raise explain(error, self.path) from error
+                if time.monotonic() >= deadline:
+                    found = re.search(r"PID (\d+)", text)
+                    who = f"process {found[1]}" if found else "another process"
+                    raise StoreLockedError(
+                        f"the catalog {self.path} has been held by {who} for {self.patience:g} s. "
+                        "Wait until it has finished, or end that process."
+                    ) from error
+                time.sleep(pause)
+                pause = random.uniform(0.005, 0.03)  # short: a busy writer leaves the lock for moments only
+
+
+def first(result: Any) -> Any:
+    """Return the first row of a result; the rest is fetched too, for an unfinished result blocks the connection.
+
+    Args:
+        result: what `execute` returned.
+
+    Returns:
+        The row as a tuple, or None.
+    """
+    rows = result.fetchall()
+    return rows[0] if rows else None
+
+
+def read_meta(conn: Any) -> dict[str, str]:
+    """Read the store's facts about itself.
+
+    Args:
+        conn: an open connection.
+
+    Returns:
+        `schema`, `min_reader`, `uuid`, `created`, `created_by`.
+    """
+    return dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
+
+
+def check_version(conn: Any, path: Path, write: bool) -> None:
+    """Refuse a catalog whose schema this version does not know.
+
+    Args:
+        conn: an open connection.
+        path: the catalog, for the message.
+        write: whether it is to be written.
+
+    Raises:
+        StoreVersionError: the schema is newer, or older and not migrated yet.
+        StoreCorruptError: the database is not a catalog of ours.
+    """
+    import duckdb
+
+    from repmatch import __version__
+
+    try:
+        meta = read_meta(conn)
+        found, least = int(meta["schema"]), int(meta["min_reader"])
+    except (duckdb.CatalogException, KeyError, ValueError) as error:
+        raise StoreCorruptError(
+            f"{path} is a DuckDB database but not a catalog of repmatch (registry.meta cannot be read). Name another "
+            "folder with --store, or restore it from a backup."
+        ) from error
+    known = migrations.schema()
+    if found > known and (write or least > known):
+        raise StoreVersionError(
+            f"the store {path.parent} has schema {found}; repmatch {__version__} knows schema {known}. "
+            "Upgrade with: pip install -U repmatch"
+        )
+    if found < known:
+        raise StoreVersionError(
+            f"the store {path.parent} has schema {found}; repmatch {__version__} needs schema {known}. "
+            "Open it once for writing to bring it up to date (a backup is kept): repmatch.open(path, mode='w')"
+        )

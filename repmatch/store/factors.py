@@ -1,0 +1,241 @@
+"""Appending instance factors by the write protocol, and reading them back."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Space
+from repmatch.errors import RepMatchError, StoreError, UnknownNameError
+from repmatch.store.catalog import first
+from repmatch.store.encoding import RowFormat
+from repmatch.store.instances import Instances
+from repmatch.store.journal import BatchEntry, Journal
+from repmatch.store.records import check_unique, dataset_value, enter_batch, next_key, rows_table
+from repmatch.store.recovery import COMMITTED, Committed, journal_of, put_segment, settle
+from repmatch.store.segment import SegmentFile, SegmentHeader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the factors of some instances lie.
+
+    Attributes:
+        space: their space.
+        encoding: their encoding.
+        keys: (n,) keys of the instances.
+        segments: (n,) numbers of the segments.
+        rows: (n,) rows in them.
+    """
+
+    space: Space
+    encoding: Encoding
+    keys: NDArray[np.int64]
+    segments: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    def part(self, lo: int, hi: int) -> Located:
+        """Return a range of them.
+
+        Args:
+            lo: first.
+            hi: one after the last.
+
+        Returns:
+            The range.
+        """
+        cut = slice(lo, hi)
+        return Located(self.space, self.encoding, self.keys[cut], self.segments[cut], self.rows[cut])
+
+
+class FactorTables(Instances):
+    """Instance factors."""
+
+    def append(self, dataset_name: str, space_id: str, encoding: Encoding, batch: FactorBatch) -> None:
+        """Store rows and their factors together, durably: after the return both are there, before it neither.
+
+        A row whose id is in the dataset replaces that row and its factor.
+
+        Args:
+            dataset_name: the dataset, which is there.
+            space_id: the space of the factors, which is there.
+            encoding: how to keep them.
+            batch: rows and factors.
+
+        Raises:
+            UsageError: the batch does not fit the space, or sign codes are asked for with a rank above 1.
+            StoreError: the disk is full or cannot be written; what was committed stays.
+        """
+        if not batch.rows:
+            return
+        check_unique(batch.rows)
+        rows_table(batch.rows)  # raises for what cannot be stored before anything is written
+        with self.writing():
+            number = 0
+            try:
+                with self._transaction() as conn:
+                    number = self._write_batch(conn, self.space(space_id), self.dataset(dataset_name), encoding, batch)
+            except BaseException as error:
+                if not self._settled(number) or not isinstance(error, StoreError):
+                    raise
+                logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
+
+    def _write_batch(self, conn: Any, space: Space, dataset: Dataset, encoding: Encoding, batch: FactorBatch) -> int:
+        payload = RowFormat(space.layout, encoding).encode(batch)
+        file, record = self._segment_for(conn, space, encoding, payload.shape[1])
+        entry = BatchEntry(
+            number=next_key(conn, "batches"),
+            first=record.rows,
+            crc32=zlib.crc32(payload.data),
+            dataset=dataset_value(dataset),
+            rows=batch.rows,
+            losses=tuple(float(x) for x in batch.losses),
+            tokens=tuple(int(x) for x in batch.tokens),
+            truncated=tuple(bool(x) for x in batch.truncated),
+        )
+        file.write(record.rows, payload)
+        end = journal_of(file).write(record.journal_bytes, entry.to_frame())
+        enter_batch(conn, entry, file.number, end)
+        return entry.number
+
+    def _settled(self, number: int) -> bool:
+        """After a failed transaction: cut what it left, and say whether its commit happened all the same."""
+        try:
+            settle(self._catalog, self.path)
+            with self._reading() as conn:
+                return bool(first(conn.execute("SELECT 1 FROM registry.batches WHERE pk = ?", [number])))
+        except RepMatchError as error:
+            logger.warning("could not look at the store after a failed write: %s", error)
+            return False
+
+    def _segment_for(
+        self, conn: Any, space: Space, encoding: Encoding, row_bytes: int
+    ) -> tuple[SegmentFile, Committed]:
+        folder = self.path / "segments"
+        found = first(
+            conn.execute(
+                f"SELECT * FROM ({COMMITTED}) c(pk, row_bytes, sealed, rows, journal_bytes) WHERE NOT sealed AND pk IN "
+                "(SELECT s.pk FROM registry.segments s JOIN registry.spaces p ON p.pk = s.space_pk WHERE p.id = ? "
+                "AND s.encoding = ?) ORDER BY pk DESC LIMIT 1",
+                [space.id, encoding],
+            )
+        )
+        if found:
+            record = Committed(*found)
+            file = SegmentFile(folder, record.pk, record.row_bytes)
+            if file.offset(record.rows) < self.segment_bytes and journal_of(file).size() >= record.journal_bytes:
+                return file, record
+            conn.execute(
+                "UPDATE registry.segments SET sealed = true, sha256 = ? WHERE pk = ?",
+                [file.sha256(record.rows), record.pk],
+            )
+        number = next_key(conn, "segments")
+        while list(folder.glob(f"{number:06d}.*")):
+            number += 1
+        journal = Journal(folder / f"{number:06d}.journal")
+        head_end = journal.create({"segment": number, "space": space.to_json(), "encoding": encoding})
+        uuid = first(conn.execute("SELECT value FROM registry.meta WHERE key = 'uuid'"))[0]
+        file = SegmentFile.create(folder, SegmentHeader(uuid, number, space.id, encoding, row_bytes))
+        put_segment(conn, space, encoding, file, head_end)
+        return file, Committed(number, row_bytes, False, 0, head_end)
+
+    def factors(self, dataset: str, *, ids: Sequence[str] | None = None, space_id: str | None = None) -> Factors:
+        """Return instance factors; a view of the file where they lie in one piece.
+
+        Args:
+            dataset: the dataset.
+            ids: which, in which order; None: all that have one, in the dataset's order.
+            space_id: another space than the dataset's.
+
+        Returns:
+            The factors.
+
+        Raises:
+            UnknownNameError: an id is not in the dataset, or has no factor in the space.
+        """
+        located = self._locate(dataset, space_id, ids)
+        names = tuple(ids) if ids is not None else self._ids_of(located.keys)
+        return self._load(located, names)
+
+    def iter_factors(self, dataset: str, size: int = 8192, *, space_id: str | None = None) -> Iterator[Factors]:
+        """Stream the factors of a dataset in its order.
+
+        Args:
+            dataset: the dataset.
+            size: how many at a time.
+            space_id: another space than the dataset's.
+
+        Returns:
+            An iterator over parts of at most `size`.
+        """
+        located = self._locate(dataset, space_id, None)
+        parts = (located.part(lo, lo + size) for lo in range(0, len(located.keys), size))
+        return (self._load(part, self._ids_of(part.keys)) for part in parts)
+
+    def _ids_of(self, keys: NDArray[np.int64]) -> tuple[str, ...]:
+        return tuple(row[0] for rows in self._chunks(keys, "i.id", 65536) for row in rows)
+
+    def _locate(self, dataset: str, space_id: str | None, ids: Sequence[str] | None) -> Located:
+        wanted = None if ids is None else self._keys(dataset, ids)
+        with self._reading() as conn:
+            pk, record = self._dataset(conn, dataset)
+            chosen = space_id or record.space_id
+            if chosen is None:
+                raise UnknownNameError(
+                    f"dataset {dataset!r} has no factors yet. Make them with: repmatch ingest FILE --dataset {dataset}"
+                )
+            space = self.space(chosen)
+            columns = conn.execute(
+                "SELECT f.instance_pk, f.segment_pk, f.row FROM registry.factors f JOIN registry.instances i "
+                "ON i.pk = f.instance_pk WHERE i.dataset_pk = ? AND f.segment_pk IN (SELECT s.pk FROM "
+                "registry.segments s JOIN registry.spaces p ON p.pk = s.space_pk WHERE p.id = ? AND s.encoding = ?) "
+                "ORDER BY f.instance_pk",
+                [pk, chosen, record.encoding],
+            ).fetchnumpy()
+        keys, segments, rows = (np.asarray(columns[name], np.int64) for name in ("instance_pk", "segment_pk", "row"))
+        if wanted is not None:
+            at = np.searchsorted(keys, wanted)
+            there = at < len(keys)
+            there[there] = keys[at[there]] == wanted[there]
+            if not there.all() and ids is not None:
+                raise UnknownNameError(
+                    f"instance {ids[int(np.argmin(there))]!r} of {dataset!r} has no factor in space {chosen}. "
+                    f"Make it with: repmatch ingest FILE --dataset {dataset}"
+                )
+            keys, segments, rows = wanted, segments[at], rows[at]
+        return Located(space, record.encoding, keys, segments, rows)
+
+    def _load(self, located: Located, ids: tuple[str, ...]) -> Factors:
+        form = RowFormat(located.space.layout, located.encoding)
+        folder, n = self.path / "segments", len(located.keys)
+        segments, rows = located.segments, located.rows
+        if n and segments[0] == segments[-1] and bool((segments == segments[0]).all()) and _consecutive(rows):
+            raw = SegmentFile(folder, int(segments[0]), form.row_bytes).rows(int(rows[0]), n)
+        else:
+            raw = np.zeros((n, form.row_bytes), np.uint8)
+            for number in np.unique(segments):
+                here = np.flatnonzero(segments == number)
+                raw[here] = SegmentFile(folder, int(number), form.row_bytes).gather(rows[here])
+        parts = form.decode(raw)
+        return Factors(
+            ids=ids,
+            layout=located.space.layout,
+            encoding=located.encoding,
+            flat=parts.flat,
+            bits=parts.bits,
+            norms=parts.norms,
+            cores=parts.cores,
+            space_id=located.space.id,
+        )
+
+
+def _consecutive(rows: NDArray[np.int64]) -> bool:
+    return bool((np.diff(rows) == 1).all())

@@ -1,0 +1,85 @@
+"""Durable writes: whole buffers, synced, with a full disk told apart."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from repmatch.errors import StoreError
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn operating system errors of a write into errors that say what to do.
+
+    Args:
+        path: what is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StoreError: the disk is full, the folder cannot be written, or another error of the operating system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"the disk of {path} is full. What was committed before stays; make room and run the command again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StoreError(
+                f"cannot write {path}: {error.strerror}. Open the store with mode='r' to read it, "
+                "or change the permissions."
+            ) from error
+        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write a whole buffer at an offset.
+
+    Args:
+        descriptor: an open file.
+        data: the bytes.
+        offset: where they go.
+    """
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable.
+
+    Args:
+        path: the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there in full or not at all: temporary name, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file's final name.
+        data: its content.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        write_at(descriptor, memoryview(data), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_folder(path.parent)

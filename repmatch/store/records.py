@@ -1,0 +1,246 @@
+"""Rows of the catalog to and from the dataclasses of the words, and the one transaction that enters a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from repmatch.datamodels import Dataset, Fields, Row, Space, canonical_json
+from repmatch.errors import InputError, UsageError
+from repmatch.store.catalog import first
+from repmatch.store.journal import BatchEntry
+
+ROW_COLUMNS = "id, json, text, text_pair, label, row_hash, task_hash, source, line"
+
+
+def dataset_value(dataset: Dataset) -> dict[str, Any]:
+    """Return a dataset as plain JSON values.
+
+    Args:
+        dataset: the dataset.
+
+    Returns:
+        What `dataset_of` takes.
+    """
+    value = asdict(dataset)
+    value["labels"] = list(dataset.labels)
+    value["columns"] = dict(dataset.columns)
+    return value
+
+
+def dataset_of(value: Mapping[str, Any]) -> Dataset:
+    """Rebuild a dataset from plain JSON values.
+
+    Args:
+        value: what `dataset_value` returned.
+
+    Returns:
+        The dataset.
+    """
+    fields = dict(value)
+    fields["fields"] = Fields(**fields["fields"])
+    fields["labels"] = tuple(fields["labels"])
+    return Dataset(**fields)
+
+
+def put_dataset(conn: Any, dataset: Dataset) -> int:
+    """Insert or update a dataset's record.
+
+    Args:
+        conn: a connection in a transaction.
+        dataset: the dataset.
+
+    Returns:
+        Its key.
+    """
+    value = dataset_value(dataset)
+    body: list[str | None] = [
+        canonical_json(value["fields"]),
+        json.dumps(value["labels"]),
+        json.dumps(value["columns"]),
+    ]
+    body += [dataset.space_id, dataset.encoding]
+    found = first(conn.execute("SELECT pk FROM registry.datasets WHERE name = ?", [dataset.name]))
+    if found:
+        conn.execute(
+            "UPDATE registry.datasets SET fields = ?, labels = ?, columns = ?, space_id = ?, encoding = ?, "
+            "updated = now()::TIMESTAMP WHERE pk = ?",
+            [*body, found[0]],
+        )
+        return int(found[0])
+    key = next_key(conn, "datasets")
+    conn.execute(
+        "INSERT INTO registry.datasets VALUES (?, ?, ?, ?, ?, ?, ?, now()::TIMESTAMP, now()::TIMESTAMP)",
+        [key, dataset.name, *body],
+    )
+    return key
+
+
+def put_space(conn: Any, space: Space) -> int:
+    """Insert a space's record where there is none.
+
+    Args:
+        conn: a connection in a transaction.
+        space: the space.
+
+    Returns:
+        Its key.
+    """
+    found = first(conn.execute("SELECT pk FROM registry.spaces WHERE id = ?", [space.id]))
+    if found:
+        return int(found[0])
+    key = next_key(conn, "spaces")
+    conn.execute("INSERT INTO registry.spaces VALUES (?, ?, ?, now()::TIMESTAMP)", [key, space.id, space.to_json()])
+    return key
+
+
+def next_key(conn: Any, table: str) -> int:
+    """Return the next free key of a table.
+
+    Args:
+        conn: a connection in a transaction.
+        table: its name in `registry`.
+
+    Returns:
+        One more than the largest key, from 1.
+    """
+    return int(first(conn.execute(f"SELECT coalesce(max(pk), 0) + 1 FROM registry.{table}"))[0])
+
+
+def rows_table(rows: Sequence[Row]) -> Any:
+    """Turn rows into an Arrow table with a column `pos`.
+
+    Args:
+        rows: the rows.
+
+    Returns:
+        A `pyarrow.Table`: pos int64, then the fields of `Row`.
+
+    Raises:
+        InputError: a text that UTF-8 cannot hold (half of a surrogate pair).
+    """
+    import pyarrow as pa
+
+    text = pa.large_string()
+    columns: dict[str, Any] = {"pos": pa.array(range(len(rows)), pa.int64())}
+    for name in ("id", "json", "text", "text_pair", "label", "row_hash", "task_hash", "source"):
+        try:
+            columns[name] = pa.array([getattr(row, name) for row in rows], text)
+        except UnicodeEncodeError as error:
+            bad = next(row for row in rows if not encodable(getattr(row, name)))
+            raise InputError(
+                f"{bad.source}, line {bad.line}: {name} of instance {bad.id!r} holds half of a surrogate pair, which "
+                "UTF-8 cannot hold. Repair that text."
+            ) from error
+    columns["line"] = pa.array([row.line for row in rows], pa.int64())
+    return pa.table(columns)
+
+
+def encodable(text: str | None) -> bool:
+    """Whether UTF-8 can hold a text.
+
+    Args:
+        text: the text or None.
+
+    Returns:
+        False where it holds half of a surrogate pair.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_unique(rows: Sequence[Row]) -> None:
+    """Refuse a batch that holds an id twice.
+
+    Args:
+        rows: the batch.
+
+    Raises:
+        UsageError: an id comes twice.
+    """
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise UsageError(f"the batch holds instance {row.id!r} twice; an id is one instance of a dataset.")
+        seen.add(row.id)
+
+
+def enter_batch(conn: Any, entry: BatchEntry, segment_pk: int, journal_end: int) -> None:
+    """Enter a batch whose factors lie in a segment: instances, batch record, locations of the factors.
+
+    Args:
+        conn: a connection in a transaction.
+        entry: the batch.
+        segment_pk: key of the segment.
+        journal_end: end of its frame in the segment's journal.
+    """
+    import pyarrow as pa
+
+    dataset_pk = first(conn.execute("SELECT pk FROM registry.datasets WHERE name = ?", [entry.dataset["name"]]))[0]
+    table = rows_table(entry.rows)
+    table = table.append_column("loss", pa.array(entry.losses, pa.float32()))
+    table = table.append_column("tokens", pa.array(entry.tokens, pa.int32()))
+    table = table.append_column("truncated", pa.array(entry.truncated, pa.bool_()))
+    conn.register("incoming", table)
+    conn.execute(
+        "CREATE OR REPLACE TEMP TABLE entering AS SELECT n.*, i.pk, i.row_hash AS old_row, i.task_hash AS old_task "
+        "FROM incoming n LEFT JOIN registry.instances i ON i.id = n.id AND i.dataset_pk = ?",
+        [dataset_pk],
+    )
+    conn.unregister("incoming")
+    known = first(conn.execute("SELECT count(pk) FROM entering"))[0]
+    if known:
+        _replace_known(conn, segment_pk)
+    base = next_key(conn, "instances")
+    conn.execute(
+        "UPDATE entering SET pk = n.pk FROM (SELECT pos, ? + row_number() OVER (ORDER BY pos) - 1 AS pk FROM entering "
+        "WHERE pk IS NULL) n WHERE entering.pos = n.pos",
+        [base],
+    )
+    conn.execute(
+        f"INSERT INTO registry.instances SELECT pk, ?, {ROW_COLUMNS} FROM entering WHERE old_row IS NULL ORDER BY pos",
+        [dataset_pk],
+    )
+    conn.execute(
+        "INSERT INTO registry.batches VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP)",
+        [entry.number, segment_pk, entry.first, len(entry.rows), entry.crc32, journal_end],
+    )
+    conn.execute(
+        "INSERT INTO registry.factors SELECT pk, ?, ? + pos, loss, tokens, truncated FROM entering ORDER BY pos",
+        [segment_pk, entry.first],
+    )
+    conn.execute("DROP TABLE entering")
+
+
+def _replace_known(conn: Any, segment_pk: int) -> None:
+    """Update instances that were there: what rested on an older task (factors, scores) goes."""
+    changed = "(SELECT pk FROM entering WHERE old_task <> task_hash)"
+    conn.execute(f"DELETE FROM registry.scores WHERE instance_pk IN {changed}")
+    conn.execute(f"DELETE FROM registry.factors WHERE instance_pk IN {changed}")
+    conn.execute(
+        "DELETE FROM registry.factors WHERE instance_pk IN (SELECT pk FROM entering WHERE pk IS NOT NULL) "
+        "AND segment_pk IN (SELECT s.pk FROM registry.segments s JOIN registry.segments t "
+        "ON s.space_pk = t.space_pk AND s.encoding = t.encoding WHERE t.pk = ?)",
+        [segment_pk],
+    )
+    replace_rows(conn, "entering")
+
+
+def replace_rows(conn: Any, table: str) -> None:
+    """Replace the stored rows of instances by others.
+
+    Args:
+        conn: a connection in a transaction.
+        table: a table with the fields of a row, `pk` of the instance (or NULL) and `old_row`.
+    """
+    names = [name for name in ROW_COLUMNS.split(", ") if name != "id"]
+    sets = ", ".join(f"{name} = n.{name}" for name in names)
+    conn.execute(
+        f"UPDATE registry.instances SET {sets} FROM {table} n "
+        "WHERE n.pk = registry.instances.pk AND n.old_row <> n.row_hash"
+    )

@@ -1,0 +1,58 @@
+"""The store: all of its parts in one object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from repmatch.errors import UsageError
+from repmatch.store.base import Mode
+from repmatch.store.health import Health
+from repmatch.store.members import MemberTables
+from repmatch.store.staging import Stage
+
+DEFAULT_PATH = "repmatch-store"
+
+
+class Store(Health, MemberTables):
+    """A store of datasets, factors, adapters, scores and coresets; a context manager."""
+
+    def stage(self, dataset: str) -> Stage:
+        """Return a stage for the rows of an ingest, to be used in a `with` statement.
+
+        Args:
+            dataset: name of the dataset, which may not be there yet.
+
+        Returns:
+            The stage.
+        """
+        return Stage(self, dataset)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, mode={self.mode!r})"
+
+
+def open(path: str | Path = DEFAULT_PATH, *, mode: Mode | None = None, wait: float = 0.0) -> Store:  # noqa: A001
+    """Open a store.
+
+    Args:
+        path: its folder.
+        mode: None: read and write, made on the first write; "r": never write; "w": be its writer until closed.
+        wait: seconds to wait for another writer.
+
+    Returns:
+        The store.
+
+    Raises:
+        StoreNotFoundError: mode "r" and there is none.
+        StoreLockedError: mode "w" and another process writes.
+        StoreError: the folder holds something else.
+    """
+    if mode not in (None, "r", "w"):
+        raise UsageError(f"unknown mode {mode!r}; expected None, 'r' or 'w'.")
+    return Store(Path(path), mode, wait)
