@@ -31,7 +31,13 @@ class Context:
     def __init__(self, store: Path, quiet: bool) -> None:
         self.path = store
         self.output = Output(quiet=quiet)
-        logging.getLogger("repmatch").handlers = [LogHandler(self.output)]
+        self._handler = LogHandler(self.output)
+        logging.getLogger("repmatch").addHandler(self._handler)
+
+    def close(self) -> None:
+        """End the progress bar and let go of the log, so that a later caller's streams are its own."""
+        self.output.close()
+        logging.getLogger("repmatch").removeHandler(self._handler)
 
     def open(self, *, as_json: bool = False, wait: float = 0.0) -> Store:
         """Open the store.

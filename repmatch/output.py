@@ -23,6 +23,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] if c not in "\n\t" else " " for c in text)
 
 
+def shorten(text: str, width: int = 60) -> str:
+    """Cut text for a table cell.
+
+    Args:
+        text: any text.
+        width: characters shown at most.
+
+    Returns:
+        The text, with an ellipsis where it was cut.
+    """
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 class Output:
     """Where commands write.
 

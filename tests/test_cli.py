@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -25,6 +26,14 @@ def test_ingest_reports_and_does_nothing_the_second_time(
     assert (report["rows"], report["new"], report["quarantined"]) == (60, 60, 0)
     second = run("--store", store, "ingest", toy_file, "--dataset", "toy", "--json")
     assert (second.objects[0]["new"], second.objects[0]["unchanged"]) == (0, 60)
+
+
+def test_a_command_leaves_the_log_as_it_was(run: Run, tmp_path: Path) -> None:
+    before = list(logging.getLogger("repmatch").handlers)
+    assert run("--store", tmp_path / "none", "export", "nothing").code != 0
+    assert run("--help").code == 0
+    assert logging.getLogger("repmatch").handlers == before
+    logging.getLogger("repmatch.store").warning("after the command's streams are closed")
 
 
 def test_score_prints_every_instance_best_first(run: Run, toy_store: Path) -> None:

@@ -1,0 +1,90 @@
+"""The command `repmatch ingest`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+from repmatch.errors import UsageError
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--dataset", required=True, help="Name of the dataset to make or extend.")
+@click.option("--id-field", help="Column with the id.  [default: id, where rows have it; else a digest of the row]")
+@click.option("--text-field", help="Column with the text.  [default: text]")
+@click.option("--text-pair-field", help="Column with a second text.  [default: text_pair, where rows have it]")
+@click.option("--label-field", help="Column with the label.  [default: label]")
+@model_option
+@click.option("--rank", type=int, help="LoRA rank.  [default: the dataset's own; 1 for a new one]")
+@click.option(
+    "--targets",
+    help="Matrices to adapt: endings of module names or regular expressions, comma between.  "
+    "[default: query and value of every layer]",
+)
+@click.option("--max-length", type=int, help="Tokens kept of an instance.  [default: 256, or what the model reads]")
+@click.option("--batch-tokens", type=int, help="Padded tokens a batch may hold.  [default: by device]")
+@device_option
+@click.option(
+    "--encoding",
+    type=click.Choice(["float16", "float32", "sign"]),
+    help="How factors are kept; sign takes 1 bit a number (rank 1).  [default: float16]",
+)
+@click.option("--seed", type=int, help="Of the head and of every A.  [default: 0]")
+@click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
+@wait_option
+@json_option
+@pass_context
+@examples(
+    """
+    repmatch ingest reviews.jsonl --dataset reviews
+    repmatch ingest pairs.csv --dataset pairs --text-field premise --text-pair-field hypothesis
+    cat more.jsonl | repmatch ingest - --dataset reviews
+    """
+)
+def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
+    """Put rows and their instance factors into the store.
+
+    FILE is JSON lines, CSV, TSV or Parquet, '-' for JSON lines on standard input, or hf:NAME for a dataset of the
+    Hugging Face hub. Run it again after an interruption and it goes on; unchanged rows cost nothing, changed ones are
+    computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
+    """
+    from repmatch.curator.rows import FieldChoice
+
+    targets = given.pop("targets")
+    fields = FieldChoice(**{name: given.pop(name) for name in _FIELDS})
+    encoding, strict, wait = given.pop("encoding"), given.pop("strict"), given.pop("wait")
+    with context.open(as_json=as_json, wait=wait) as store:
+        curator = context.curator(store, targets=_names(targets), **given)
+        report = curator.ingest(list(files), dataset, fields=fields, encoding=encoding, strict=strict)
+    output = context.output
+    output.close()
+    for row in report.bad:
+        output.warn(f"{row.source}:{row.line}: {row.reason}")
+    if report.quarantined > len(report.bad):
+        output.warn(f"and {report.quarantined - len(report.bad)} bad rows more; repmatch info lists counts")
+    if report.truncated:
+        output.hint(f"{report.truncated} instances were longer than the maximum length and cut there.")
+    if as_json:
+        output.json(report.as_json())
+    else:
+        output.line(
+            f"{dataset}: {report.rows} rows read: {report.new} new, {report.unchanged} unchanged, {report.changed} "
+            f"changed, {report.quarantined} quarantined; {report.computed} factors in {report.seconds:.1f} s"
+        )
+    if report.quarantined:
+        raise SystemExit(1)
+
+
+_FIELDS = ("id_field", "text_field", "text_pair_field", "label_field")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise UsageError(f"--targets {text!r} names nothing; expected endings of module names such as query,value.")
+    return names
