@@ -18,6 +18,7 @@ from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
 from repmatch.commands.score import score
 from repmatch.commands.select import select
+from repmatch.commands.suspects import suspects
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -55,7 +56,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, info, demo):
+for command in (ingest, score, compare, nearest, select, suspects, export, info, demo):
     cli.add_command(command)
 
 
