@@ -1,0 +1,195 @@
+"""What is evaluated: strategies, stored coresets, and the baselines that every choice has to beat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.errors import SelectionError, UnknownNameError, UsageError
+from repmatch.selectors import Constraints, facility_location, random, strategies, top
+
+if TYPE_CHECKING:
+    from repmatch.curator.curator import Curator
+
+BASELINES = {
+    "random": "a draw by chance, another one for every seed",
+    "full": "every row",
+    "longest": "the rows with most tokens",
+    "embeddings": "facility location on mean-pooled embeddings of the same model",
+    "loss-high": "the rows with the highest loss at the start",
+    "loss-low": "the rows with the lowest loss at the start",
+    "loss-middle": "the rows whose loss is nearest to the median",
+}
+ALWAYS = ("random", "full", "longest", "embeddings")
+MOST_EMBEDDED = 30_000  # rows whose n × n similarities are held, 3.6 GB
+_RULE = re.compile(r"(balance|stratify)=(.+)")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to choose rows, as the user names it: a name, and maybe a rule: "facility-location+balance=label".
+
+    Attributes:
+        text: as the user wrote it.
+        name: a strategy, a baseline or a coreset.
+        coreset: whether it is a stored coreset.
+        balance: column of which every value gets the same number of picks.
+        stratify: column whose proportions are kept.
+    """
+
+    text: str
+    name: str
+    coreset: bool = False
+    balance: str | None = None
+    stratify: str | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether another seed chooses other rows."""
+        return self.name == "random" and not self.coreset
+
+    @property
+    def sized(self) -> bool:
+        """Whether it can be chosen in any size."""
+        return self.name != "full"
+
+
+def parse(text: str) -> Candidate:
+    """Read a candidate.
+
+    Args:
+        text: "NAME", "NAME+balance=FIELD" or "NAME+stratify=FIELD".
+
+    Returns:
+        The candidate.
+
+    Raises:
+        UnknownNameError: no strategy or baseline has that name.
+        UsageError: the rule is none, or goes with no choice.
+    """
+    name, plus, rule = text.strip().partition("+")
+    known = {*strategies(), *BASELINES}
+    if name not in known:
+        raise UnknownNameError.of("strategy or baseline", name, known, "stored coresets are named with --coreset")
+    if not plus:
+        return Candidate(text.strip(), name)
+    match = _RULE.fullmatch(rule.strip())
+    if match is None:
+        raise UsageError(f"{text!r}: expected NAME, NAME+balance=FIELD or NAME+stratify=FIELD after the +.")
+    if name == "full":
+        raise UsageError(f"{text!r}: the full dataset takes no rule; leave +{rule} out.")
+    return Candidate(text.strip(), name, False, **{match[1]: match[2].strip()})
+
+
+@dataclass
+class Pool:
+    """The dataset that candidates choose from, with what baselines need to know of it.
+
+    Attributes:
+        curator: the curator.
+        dataset: its name.
+        ids: instances with a factor, n of them, in the dataset's order.
+        labels: n labels.
+        losses: (n,) float64, loss at the shared start.
+        tokens: (n,) int64.
+        embed: makes (n, d) float32 unit rows when they are needed.
+    """
+
+    curator: Curator
+    dataset: str
+    ids: tuple[str, ...]
+    labels: tuple[str, ...]
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    embed: Callable[[], NDArray[np.float32]]
+    _kernel: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    def choose(self, candidate: Candidate, k: int, seed: int) -> tuple[str, ...]:
+        """Choose k rows.
+
+        Args:
+            candidate: how.
+            k: how many, 1 to n; the full dataset and coresets have a size of their own.
+            seed: for what is drawn by chance.
+
+        Returns:
+            Ids, best first where there is an order.
+
+        Raises:
+            SelectionError: the rows cannot be chosen.
+        """
+        if candidate.coreset:
+            return self._coreset(candidate.name)
+        if candidate.name == "full":
+            return self.ids
+        if candidate.name not in BASELINES:
+            return self._selected(candidate, k)
+        rules = self._rules(candidate)
+        if candidate.name == "random":
+            picks = random(len(self.ids), k, seed, constraints=rules).indices
+        elif candidate.name == "embeddings":
+            picks = facility_location(self._embedding_kernel(), k, constraints=rules).indices
+        else:
+            picks = top(self._values(candidate.name), k, constraints=rules).indices
+        return tuple(self.ids[i] for i in picks)
+
+    def _values(self, name: str) -> NDArray[np.float64]:
+        if name == "longest":
+            return self.tokens.astype(np.float64)
+        if name == "loss-middle":
+            return -np.abs(self.losses - np.median(self.losses))
+        return self.losses if name == "loss-high" else -self.losses
+
+    def _coreset(self, name: str) -> tuple[str, ...]:
+        store = self.curator.store
+        subset = store.resolve(name)
+        if subset.dataset != self.dataset:
+            raise SelectionError(f"the coreset {name!r} is of the dataset {subset.dataset!r}, not of {self.dataset!r}.")
+        return store.members(subset).ids
+
+    def _selected(self, candidate: Candidate, k: int) -> tuple[str, ...]:
+        found = self.curator.select(
+            self.dataset, k, strategy=candidate.name, balance=candidate.balance, stratify=candidate.stratify
+        )
+        return found.ids
+
+    def _rules(self, candidate: Candidate) -> Constraints:
+        column = candidate.balance or candidate.stratify
+        if column is None:
+            return Constraints()
+        store = self.curator.store
+        held = dict(zip(store.ids(self.dataset), store.column(self.dataset, column), strict=True))
+        values = ["(none)" if held[i] is None else str(held[i]) for i in self.ids]
+        return Constraints(balance=values) if candidate.balance else Constraints(stratify=values)
+
+    def _embedding_kernel(self) -> NDArray[np.float32]:
+        if self._kernel is None:
+            if len(self.ids) > MOST_EMBEDDED:
+                raise SelectionError(
+                    f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more than "
+                    f"{MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
+                )
+            rows = self.embed()
+            self._kernel = np.maximum(rows @ rows.T, 0.0)
+        return self._kernel
+
+
+def imbalance(labels: Sequence[str], whole: Sequence[str]) -> float:
+    """Return how far a selection's labels are from the dataset's: half the summed differences of shares.
+
+    Args:
+        labels: of the selection.
+        whole: of the dataset.
+
+    Returns:
+        Total variation distance, 0 (the same shares) to 1 (no label in common).
+    """
+    names = sorted({*labels, *whole})
+    here = np.array([sum(label == name for label in labels) for name in names]) / max(1, len(labels))
+    there = np.array([sum(label == name for label in whole) for name in names]) / max(1, len(whole))
+    return float(0.5 * np.abs(here - there).sum())

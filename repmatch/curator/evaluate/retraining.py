@@ -1,0 +1,283 @@
+"""Train classifiers on selections and test them on held-out rows, several at once on one frozen base model.
+
+Every training has the same number of optimiser steps and of instances a step, whatever the size of its selection, so
+that what differs is the data alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repmatch.curator import start
+from repmatch.curator.engine import batches_by_tokens
+from repmatch.curator.stack import AdapterStack
+from repmatch.errors import ModelError
+
+if TYPE_CHECKING:
+    from repmatch.curator.classification import Example, SequenceClassification
+    from repmatch.curator.workbench import Workbench
+    from repmatch.datamodels import Space
+
+_STRETCH = 16  # batches that are sorted by length together: little padding, still random order
+
+
+@dataclass(frozen=True)
+class RetrainRecipe:
+    """How every selection is trained on: head and fresh LoRA adapters, AdamW.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: instances a step.
+        rank: LoRA rank.
+        alpha: LoRA alpha.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+    """
+
+    steps: int = 60
+    batch_size: int = 16
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        examples: the selection, tokenised; one or more.
+        seed: of head, A and order.
+    """
+
+    examples: Sequence[Example]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one training ended.
+
+    Attributes:
+        accuracy: share of the test rows that are classified right.
+        right: (t,) which of the test rows are.
+        steps: optimiser steps taken.
+        instances_read: instances that went through the model in training.
+        tokens_read: tokens that did, without padding.
+        last_loss: mean training loss of the last tenth of the steps.
+        seconds: this training's share of the wall time of those trained beside it.
+    """
+
+    accuracy: float
+    right: tuple[bool, ...]
+    steps: int
+    instances_read: int
+    tokens_read: int
+    last_loss: float
+    seconds: float
+
+
+def retrain(
+    bench: Workbench,
+    labels: Sequence[str],
+    jobs: Sequence[Job],
+    test: Sequence[Example],
+    recipe: RetrainRecipe,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Train on several selections at once, each with a head and adapters of its own, and test each.
+
+    Args:
+        bench: the base model.
+        labels: every label.
+        jobs: the trainings.
+        test: held-out examples, tokenised; one or more.
+        recipe: how they are trained.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        One outcome a job, in order.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    began = time.monotonic()
+    module, task = bench.module(len(labels)), bench.task(labels)
+    device = torch.device(bench.device)
+    space = replace(bench.space, rank=recipe.rank, alpha=recipe.alpha)
+    seeds = [job.seed for job in jobs]
+    stack, heads = AdapterStack(module, space, seeds, device), HeadStack(module, space, seeds, device)
+    optimizer = torch.optim.AdamW(
+        [*stack.parameters, *heads.parameters], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    orders = [list(order(job.examples, job.seed, recipe)) for job in jobs]
+    losses: list[NDArray[np.float32]] = []
+    with ExitStack() as held:
+        held.enter_context(stack.attached())
+        held.enter_context(heads.attached())
+        for step in range(recipe.steps):
+            chosen = [job.examples[i] for job, found in zip(jobs, orders, strict=True) for i in found[step]]
+            loss = _step(module, optimizer, _on(task.collate(chosen), device), len(jobs))
+            if not np.isfinite(loss).all():
+                raise ModelError(
+                    f"training {int(np.argmin(np.isfinite(loss))) + 1} of {len(jobs)} diverged at step {step + 1}; try "
+                    f"a smaller learning rate than {recipe.learning_rate}."
+                )
+            losses.append(loss)
+            if progress is not None:
+                progress(step + 1, recipe.steps)
+        right = _test(module, task, test, len(jobs), bench.batch_tokens)
+    tail = np.mean(losses[-max(1, recipe.steps // 10) :], axis=0)
+    seconds = (time.monotonic() - began) / len(jobs)
+    return [
+        Outcome(
+            accuracy=float(right[at].mean()),
+            right=tuple(right[at].tolist()),
+            steps=recipe.steps,
+            instances_read=recipe.steps * recipe.batch_size,
+            tokens_read=sum(job.examples[i].tokens for found in orders[at] for i in found),
+            last_loss=float(tail[at]),
+            seconds=round(seconds, 3),
+        )
+        for at, job in enumerate(jobs)
+    ]
+
+
+def order(examples: Sequence[Example], seed: int, recipe: RetrainRecipe) -> Iterator[list[int]]:
+    """Yield the batches of a training: every instance once before any comes again, similar lengths together.
+
+    Batches are always full, and where those of long instances stand depends on the seed alone, so that trainings side by
+    side read instances of similar length at the same time.
+
+    Args:
+        examples: the selection.
+        seed: of the order.
+        recipe: steps and batch size.
+
+    Yields:
+        `recipe.batch_size` positions in `examples`, `recipe.steps` times.
+    """
+    draw, size = start.generator(seed, "evaluate:order"), recipe.batch_size
+    queue: list[int] = []
+    done = passes = 0
+    while done < recipe.steps:
+        batches = min(_STRETCH, recipe.steps - done)
+        while len(queue) < batches * size:
+            queue += start.generator(seed, f"evaluate:pass:{passes}").permutation(len(examples)).tolist()
+            passes += 1
+        stretch, queue = queue[: batches * size], queue[batches * size :]
+        stretch.sort(key=lambda i: (examples[i].tokens, i))
+        for place in draw.permutation(batches):
+            yield stretch[place * size : (place + 1) * size]
+        done += batches
+
+
+def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], jobs: int) -> NDArray[np.float32]:
+    with torch.enable_grad():
+        wanted = batch.pop("labels")
+        logits = module(**batch).logits.float()
+        # The sum over trainings of their mean losses: each one's gradient is its own.
+        loss = functional.cross_entropy(logits, wanted, reduction="none").reshape(jobs, -1).mean(dim=1)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss.sum())
+    optimizer.step()
+    found: NDArray[np.float32] = loss.detach().cpu().numpy()
+    return found
+
+
+def _test(
+    module: nn.Module, task: SequenceClassification, test: Sequence[Example], jobs: int, tokens: int
+) -> NDArray[np.bool_]:
+    device = next(module.parameters()).device
+    right = np.zeros((jobs, len(test)), np.bool_)
+    with torch.inference_mode():
+        for at in batches_by_tokens([example.tokens for example in test], max(1, tokens // jobs)):
+            batch = _on(task.collate([test[i] for i in at]), device)
+            wanted = batch.pop("labels")
+            repeated = {name: value.repeat(jobs, 1) for name, value in batch.items()}
+            found = module(**repeated).logits.argmax(dim=1).reshape(jobs, -1)
+            right[:, at] = (found == wanted).cpu().numpy()
+    return right
+
+
+class HeadStack:
+    """Heads of several trainings: own copies of the linear layers outside of the base model.
+
+    Attributes:
+        weight: layer name -> (s, out, in).
+        bias: layer name -> (s, 1, out), where the layer has one.
+
+    Args:
+        module: the classifier.
+        space: names the base model.
+        seeds: of the start, one a training.
+        device: where the model is.
+
+    Raises:
+        ModelError: the model has no linear layer outside of the base.
+    """
+
+    def __init__(self, module: nn.Module, space: Space, seeds: Sequence[int], device: torch.device) -> None:
+        prefix = f"{module.base_model_prefix}."
+        self.layers = {
+            name: layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and not name.startswith(prefix)
+        }
+        if not self.layers:
+            raise ModelError(f"{space.model} has no linear head that could be trained; use an encoder with one.")
+        std = float(getattr(module.config, "initializer_range", 0.02))
+        self.size = len(seeds)
+        self.weight: dict[str, Tensor] = {}
+        self.bias: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            shape = (layer.out_features, layer.in_features)
+            drawn = np.stack([start.draw_head_rows(seed, f"{name}.weight", shape, std) for seed in seeds])
+            self.weight[name] = torch.from_numpy(drawn).to(device).requires_grad_(True)
+            if layer.bias is not None:
+                zeros = torch.zeros(self.size, 1, layer.out_features, device=device)
+                self.bias[name] = zeros.requires_grad_(True)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Every weight, then every bias."""
+        return [*self.weight.values(), *self.bias.values()]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the heads answer in place of the model's own, and take them off again."""
+        handles = [
+            layer.register_forward_hook(partial(self._answer, name)) for name, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _answer(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].reshape(self.size, -1, args[0].shape[-1])
+        answer = torch.bmm(x, self.weight[name].transpose(1, 2))
+        if name in self.bias:
+            answer = answer + self.bias[name]
+        return answer.reshape(output.shape)
