@@ -110,14 +110,15 @@ class Space:
         model: how the user named the base model; not part of the identity.
         model_fingerprint: SHA-256 over weights and architecture of the base model.
         tokenizer_fingerprint: SHA-256 over the tokenizer.
-        task: the task's name, "sequence-classification" for now.
+        task: the task's name, such as "sequence-classification".
         template: how the fields become model input.
         max_length: tokens kept of an instance.
         rank: LoRA rank r.
         alpha: LoRA alpha; ΔW = (alpha / rank) · B·A.
         seed: seed of the head and of every A.
         matrices: the adapted matrices.
-        optimizer: the instance step: name, learning rate, eps, steps.
+        optimizer: the instance step: name, learning rate and eps; "steps" where there are more than one, and whatever
+            differs from torch's defaults.
         warm_start: id of the adapter merged into the base first, or None.
     """
 
@@ -194,11 +195,12 @@ class Row:
     Attributes:
         id: the user's id, as text.
         json: the row as it came, one JSON object (the very bytes of the line for JSONL).
-        text: first text field.
-        text_pair: second text field or None.
-        label: the label as text.
+        text: first text field; the prompt of a completion, the conversation before its last message, the path of an
+            image.
+        text_pair: second text field or None; the completion, or the last message.
+        label: the label as text; "" where the task needs none and the row has none.
         row_hash: digest of the canonical row.
-        task_hash: digest of (text, text_pair, label): the factors depend on nothing else of the row.
+        task_hash: digest of what the task reads (text, text_pair, label): the factors depend on nothing else.
         source: file the row came from.
         line: line (JSONL, CSV) or row number (Parquet, hub) in it, from 1.
     """
@@ -240,12 +242,14 @@ class Fields:
         text_field: column with the text.
         text_pair_field: column with the second text; None: single texts.
         label_field: column with the label.
+        form: what the columns hold, see `repmatch.curator.forms`.
     """
 
     id_field: str | None
     text_field: str
     text_pair_field: str | None
     label_field: str
+    form: str = "classes"
 
 
 @dataclass(frozen=True)
@@ -384,6 +388,7 @@ class Adapter:
         record: steps, losses, accuracy, seconds: what happened.
         a: matrix name -> (r, d_in) float32.
         b: matrix name -> (d_out, r) float32.
+        full: parameter name -> float32, what was trained in full beside the factors: the head of a warm start.
     """
 
     id: str
@@ -394,6 +399,7 @@ class Adapter:
     record: Mapping[str, Any]
     a: Mapping[str, NDArray[np.float32]]
     b: Mapping[str, NDArray[np.float32]]
+    full: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

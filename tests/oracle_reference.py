@@ -6,7 +6,7 @@ For every instance: reload the shared start, batch of one, one AdamW step on pef
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ def peft_start(module: nn.Module, space: Space) -> nn.Module:
         parameter.requires_grad_("lora_" in name)
         for matrix in space.matrices:
             if f".{matrix.name}.lora_A" in name:
-                parameter.data.copy_(torch.from_numpy(start.draw_a(space.seed, matrix.name, space.rank, matrix.d_in)))
+                a = torch.from_numpy(start.draw_a(space.seed, matrix.name, space.rank, matrix.d_in))
+                parameter.data.copy_(a.reshape(parameter.shape))
     return wrapped.eval()
 
 
@@ -62,3 +63,30 @@ def literal_phi(delta_1: NDArray[np.float64], delta_2: NDArray[np.float64], i: i
     """φ(i, j) of two ΔW by full d x d SVDs (Hu et al. 2021, section 7.2)."""
     u1, u2 = np.linalg.svd(delta_1)[0], np.linalg.svd(delta_2)[0]
     return float(np.linalg.norm(u1[:, :i].T @ u2[:, :j]) ** 2 / min(i, j))
+
+
+def literal_adapters(
+    module: nn.Module,
+    space: Space,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> list[dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]:
+    """Return A and B as matrices after the space's steps by peft and torch's optimiser, one instance at a time."""
+    optimizers = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    step = space.optimizer
+    out = []
+    for batch in batches:
+        wrapped = peft_start(module, space)
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = optimizers[step["name"]](trained, **{k: step[k] for k in ("lr", "eps") if k in step})
+        for _ in range(step.get("steps", 1)):
+            optimizer.zero_grad()
+            loss(wrapped, batch).sum().backward()
+            optimizer.step()
+        layers = dict(wrapped.base_model.model.named_modules())
+        found = {}
+        for matrix in space.matrices:
+            a, b = (layers[matrix.name].lora_A["default"].weight, layers[matrix.name].lora_B["default"].weight)
+            found[matrix.name] = tuple(w.detach().double().reshape(len(w), -1).numpy() for w in (a, b))
+        out.append(found)
+    return out

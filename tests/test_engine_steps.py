@@ -179,8 +179,8 @@ def test_the_first_step_is_that_of_adamw() -> None:
 
 def test_the_first_step_of_zeros_is_zeros_and_another_optimiser_is_refused() -> None:
     assert not first_step(torch.zeros(2, 3, 1), ADAMW).any()
-    with pytest.raises(ModelError, match=r"'sgd' is unknown; expected 'adamw'"):
-        first_step(torch.ones(1), {"name": "sgd", "lr": 1.0, "eps": 0.0})
+    with pytest.raises(ModelError, match=r"'lion' is unknown; expected 'adamw', 'adam' or 'sgd'"):
+        first_step(torch.ones(1), {"name": "lion", "lr": 1.0, "eps": 0.0})
 
 
 def random_matrix(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -7,16 +7,33 @@ from typing import Any
 import click
 
 from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+from repmatch.curator.forms import TASKS
 from repmatch.errors import UsageError
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--dataset", required=True, help="Name of the dataset to make or extend.")
+@click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    help="What a model is to learn from a row.  [default: the dataset's own; sequence-classification for a new one]",
+)
 @click.option("--id-field", help="Column with the id.  [default: id, where rows have it; else a digest of the row]")
-@click.option("--text-field", help="Column with the text.  [default: text]")
-@click.option("--text-pair-field", help="Column with a second text.  [default: text_pair, where rows have it]")
+@click.option(
+    "--text-field", help="Column with the text.  [default: text; causal-lm: prompt or messages; images: image]"
+)
+@click.option(
+    "--text-pair-field",
+    help="Column with a second text.  [default: text_pair, where rows have it; causal-lm: completion]",
+)
 @click.option("--label-field", help="Column with the label.  [default: label]")
+@click.option(
+    "--template",
+    type=click.Choice(["plain", "chat"]),
+    help="How causal-lm joins prompt and completion: end to end, or by the model's chat template.  "
+    "[default: chat for messages, else plain]",
+)
 @model_option
 @click.option("--rank", type=int, help="LoRA rank.  [default: the dataset's own; 1 for a new one]")
 @click.option(
@@ -24,7 +41,25 @@ from repmatch.errors import UsageError
     help="Matrices to adapt: endings of module names or regular expressions, comma between.  "
     "[default: query and value of every layer]",
 )
-@click.option("--max-length", type=int, help="Tokens kept of an instance.  [default: 256, or what the model reads]")
+@click.option("--layers", help="Numbers of the layers to adapt, such as 0,8-11.  [default: all]")
+@click.option(
+    "--max-length",
+    type=int,
+    help="Tokens kept of an instance.  [default: 256, causal-lm 1024, or what the model reads]",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adam", "sgd"]),
+    help="Of the instance step.  [default: the dataset's own; adamw for a new one]",
+)
+@click.option("--learning-rate", type=float, help="Of the instance step.  [default: 0.001; sgd 0.1]")
+@click.option("--steps", type=int, help="Steps each instance adapter is trained.  [default: 1]")
+@click.option(
+    "--warm-start",
+    metavar="N|N%|DATASET|none",
+    help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
+    "of the text, not only of the label.  [default: the dataset's own; none for a new one]",
+)
 @click.option("--batch-tokens", type=int, help="Padded tokens a batch may hold.  [default: by device]")
 @device_option
 @click.option(
@@ -42,6 +77,8 @@ from repmatch.errors import UsageError
     repmatch ingest reviews.jsonl --dataset reviews
     repmatch ingest pairs.csv --dataset pairs --text-field premise --text-pair-field hypothesis
     cat more.jsonl | repmatch ingest - --dataset reviews
+    repmatch ingest reviews.jsonl --dataset warm --warm-start 160
+    repmatch ingest chats.jsonl --dataset chats --task causal-lm --model ./my-llama
     """
 )
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
@@ -65,6 +102,12 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         output.warn(f"{row.source}:{row.line}: {row.reason}")
     if report.quarantined > len(report.bad):
         output.warn(f"and {report.quarantined - len(report.bad)} bad rows more; repmatch info lists counts")
+    cost = report.detail.get("sign_error")
+    if cost:
+        output.hint(
+            f"sign codes: squared cosine with the exact factor {cost['mean']:.4f} on average, {cost['minimum']:.3f} at "
+            f"worst, on {cost['instances']} instances."
+        )
     if report.truncated:
         output.hint(f"{report.truncated} instances were longer than the maximum length and cut there.")
     if as_json:

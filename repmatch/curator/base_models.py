@@ -204,7 +204,11 @@ def load_tokenizer(model: BaseModel) -> PreTrainedTokenizerBase:
             f"{model.name} has no fast tokenizer (tokenizer.json); expected one. Name another with --model."
         )
     if tokenizer.pad_token is None:
-        raise ModelError(f"the tokenizer of {model.name} has no padding token; expected one for batching.")
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {model.name} has no padding token; expected one for batching.")
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    if "xlnet" not in type(tokenizer).__name__.lower():
+        tokenizer.padding_side = "right"  # positions are counted from the left
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -225,15 +229,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical_json(state).encode()).hexdigest()
 
 
-def load_classifier(model: BaseModel, labels: int, seed: int) -> nn.Module:
-    """Load a base model with a frozen, randomly drawn classification head: the shared start of a space.
+_CLASSES = {
+    "sequence-classification": ("AutoModelForSequenceClassification", "classification"),
+    "text-regression": ("AutoModelForSequenceClassification", "regression"),
+    "causal-lm": ("AutoModelForCausalLM", "causal language modelling"),
+    "masked-lm": ("AutoModelForMaskedLM", "masked language modelling"),
+    "image-classification": ("AutoModelForImageClassification", "image classification"),
+}
+# Tasks whose head is drawn anew whatever the checkpoint holds; the others keep what it holds.
+_DRAWN = frozenset(["sequence-classification", "text-regression", "image-classification"])
 
-    The head and whatever the checkpoint lacks of the pooler are drawn from the seed (`repmatch.curator.start`); a head
-    that the checkpoint brings is not used, so that datasets with different labels share one start.
+
+def load_classifier(model: BaseModel, labels: int, seed: int) -> nn.Module:
+    """Load a base model for sequence classification; see `load_module`."""
+    return load_module(model, "sequence-classification", labels, seed)
+
+
+def load_module(model: BaseModel, task: str, labels: int, seed: int) -> nn.Module:
+    """Load a base model for a task, frozen: the shared start of a space.
+
+    The head of a classifier and whatever the checkpoint lacks of the pooler are drawn from the seed
+    (`repmatch.curator.start`); a head that the checkpoint brings is not used, so that datasets with different labels
+    share one start. A language model's head is the checkpoint's own, and drawn only where it has none.
 
     Args:
         model: the base model.
-        labels: number of labels, at least 2.
+        task: the task's name.
+        labels: number of labels, at least 2, where the task has labels.
         seed: the space's seed.
 
     Returns:
@@ -243,14 +265,16 @@ def load_classifier(model: BaseModel, labels: int, seed: int) -> nn.Module:
         ModelError: the weights cannot be read, or miss more than a head.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     _ = model.weight_files
+    auto, what = _CLASSES[task]
+    outputs = {"num_labels": 1 if task == "text-regression" else labels} if task in _DRAWN else {}
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            module, info = AutoModelForSequenceClassification.from_pretrained(
+            module, info = getattr(transformers, auto).from_pretrained(
                 model.folder,
-                num_labels=labels,
+                **outputs,
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
@@ -259,13 +283,14 @@ def load_classifier(model: BaseModel, labels: int, seed: int) -> nn.Module:
                 dtype=torch.float32,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"the base model {model.name} cannot be loaded for classification: {error}") from error
-    _draw_head(module, model, set(info["missing_keys"]) | {k[0] for k in info["mismatched_keys"]}, seed)
+        raise ModelError(f"the base model {model.name} cannot be loaded for {what}: {error}") from error
+    missing = set(info["missing_keys"]) | {k[0] for k in info["mismatched_keys"]}
+    _draw_head(module, model, missing, seed, anew=task in _DRAWN)
     frozen: nn.Module = module.eval().requires_grad_(False)
     return frozen
 
 
-def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], seed: int) -> None:
+def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], seed: int, *, anew: bool) -> None:
     import torch
 
     from repmatch.curator import start
@@ -281,7 +306,7 @@ def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], see
     labels = module.config.num_labels
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.startswith(prefix) and name not in missing:
+            if name not in missing and (name.startswith(prefix) or not anew):
                 continue
             shape = tuple(parameter.shape)
             if len(shape) == 2 and shape[0] == labels and not name.startswith(prefix):

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
 from repmatch.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["NAME", "TEMPLATE", "Example", "SequenceClassification", "losses"]
+
 NAME = "sequence-classification"
 TEMPLATE = "tokenizer:text[,text_pair]"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised instance.
-
-    Attributes:
-        features: token ids and what else the tokenizer gives, name -> list of int.
-        label: index of the label.
-        truncated: whether the text was longer than the maximum length.
-    """
-
-    features: Mapping[str, list[int]]
-    label: int
-    truncated: bool
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return len(self.features["input_ids"])
 
 
 class SequenceClassification:
@@ -48,6 +30,9 @@ class SequenceClassification:
         labels: every label; its position is its index.
         max_length: tokens kept of an instance; of a pair the longer text is cut first.
     """
+
+    name = NAME
+    template = TEMPLATE
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -69,6 +54,15 @@ class SequenceClassification:
         if label not in self._index:
             raise UnknownNameError.of("label", label, self._index)
         return self._index[label]
+
+    def target(self, row: Row) -> Any:
+        """Return what a row's label is to the loss."""
+        return self.label_index(row.label)
+
+    @property
+    def left(self) -> bool:
+        """Whether padding goes before the text."""
+        return bool(self.tokenizer.padding_side == "left")
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows.
@@ -92,7 +86,7 @@ class SequenceClassification:
             for position, i in enumerate(at):
                 features = {name: coded[name][position] for name in coded}
                 cut = bool(coded.encodings[position].overflowing)
-                examples[i] = Example(features, self.label_index(rows[i].label), cut)
+                examples[i] = Example(features, self.target(rows[i]), cut)
         return [example for example in examples if example is not None]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -104,21 +98,21 @@ class SequenceClassification:
         Returns:
             Name -> (n, longest) int64, and "labels" (n,) int64.
         """
-        longest = max(example.tokens for example in examples)
-        batch: dict[str, Tensor] = {}
-        for name in examples[0].features:
-            pad = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}.get(
-                name, 0
-            )
-            left = self.tokenizer.padding_side == "left"
-            rows = []
-            for example in examples:
-                values = example.features[name]
-                filler = [pad] * (longest - len(values))
-                rows.append(filler + values if left else values + filler)
-            batch[name] = torch.tensor(rows)
+        batch = self.padded(examples)
         batch["labels"] = torch.tensor([example.label for example in examples])
         return batch
+
+    def padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Pad what the tokenizer gave of each example, name -> (n, longest) int64."""
+        fillers = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return {
+            name: pad([e.features[name] for e in examples], fillers.get(name, 0), left=self.left)
+            for name in examples[0].features
+        }
+
+    def losses(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Compute the cross entropy of each instance; see `losses` below."""
+        return losses(module, inputs)
 
 
 def losses(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -9,24 +9,31 @@ zero while B = 0, so A only shrinks by the weight decay and its direction stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repmatch.curator import start
+from repmatch.curator import layers, optimizers, start
+from repmatch.curator.optimizers import first_step
+from repmatch.curator.precision import Precision, computing
+from repmatch.curator.shortcuts import first_token_only, last_block
+from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError
+
+__all__ = ["BatchFactors", "FactorEngine", "batches_by_tokens", "first_step", "left_singular", "unit_rows"]
 
 # A singular value below this share of the largest one counts as zero: its direction is rounding noise. It happens:
 # the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
 # step's eps adds to it is of this size.
 _RANK_TOLERANCE = 1e-4
+
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class BatchFactors:
 class FactorEngine:
     """Computes instance factors of one space with one frozen model.
 
+    Attributes:
+        precision: what the model computes in; gradients are collected in float32 whatever it is.
+
     Args:
         module: the frozen model at the shared start, in evaluation mode.
         space: the space; its matrices name modules of `module`.
@@ -49,25 +59,21 @@ class FactorEngine:
         device: where to compute.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        space: Space,
-        loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, module: nn.Module, space: Space, loss: Loss, device: str = "cpu") -> None:
         self.module = module.to(device)
         self.space = space
         self.device = torch.device(device)
+        self.precision: Precision = "float32"
         self._loss = loss
         self._scaling = space.alpha / space.rank
         a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
         self._a = {name: torch.from_numpy(value).to(self.device) for name, value in a.items()}
         # ΔW = B·A = (B·Rᵀ)·Qᵀ with Aᵀ = Q·R: B·Rᵀ has the left singular vectors and values of ΔW.
-        self._rt = {
-            name: torch.linalg.qr(value.T.double().cpu()).R.T.to(self.device) for name, value in self._a.items()
-        }
+        self._rt = {name: torch.linalg.qr(torch.from_numpy(value.T).double()).R.T for name, value in a.items()}
         self._gradients: dict[str, Tensor] = {}
+        self._count = 0
+        self._block = last_block(module)
+        self._block_is_right: bool | None = None
 
     @property
     def layout(self) -> Layout:
@@ -84,8 +90,9 @@ class FactorEngine:
             Matrix name -> (n, d_out, r) float32, and the losses (n,) float32.
         """
         self._gradients = {}
-        moved = {k: v.to(self.device) for k, v in inputs.items()}
-        with torch.enable_grad(), self._hooks():
+        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        self._count = len(next(iter(moved.values())))
+        with torch.enable_grad(), self._hooks(), self._forward(moved):
             losses = self._loss(self.module, moved)
             if losses.requires_grad:
                 # The sum, not the mean: each instance's gradient must be that of a batch of one.
@@ -96,6 +103,26 @@ class FactorEngine:
                 self._gradients[matrix.name] = torch.zeros(count, matrix.d_out, rank, device=self.device)
         gradients, self._gradients = self._gradients, {}
         return gradients, losses.detach().float()
+
+    @contextmanager
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute in the engine's precision, and leave out what the loss cannot see."""
+        if self._block is not None and self._block_is_right is None:
+            self._block_is_right = self._same_loss_without(inputs)
+        with ExitStack() as stack:
+            stack.enter_context(computing(self.precision, self.device))
+            stack.enter_context(first_token_only(self._block if self._block_is_right else None))
+            yield
+
+    def _same_loss_without(self, inputs: Mapping[str, Tensor]) -> bool:
+        few = {name: value[:2] for name, value in inputs.items()}
+        handlers = self._gradients, self._count
+        with torch.no_grad():
+            whole = self._loss(self.module, few)
+            with first_token_only(self._block):
+                short = self._loss(self.module, few)
+        self._gradients, self._count = handlers
+        return torch.allclose(whole, short, rtol=1e-4, atol=1e-5)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -110,18 +137,26 @@ class FactorEngine:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        projected = (args[0].detach() @ self._a[name].T) * self._scaling
+    def _watch(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        x = args[0].detach()
+        projected = layers.project(layer, x, self._a[name].to(x.dtype)) * self._scaling
         if not output.requires_grad:
             # Below the first adapted matrix nothing needs a gradient, so backward ends here.
             output = output.detach().requires_grad_(True)
-        output.register_hook(partial(self._collect, name, projected))  # type: ignore[no-untyped-call]
+        output.register_hook(partial(self._collect, name, layer, projected))  # type: ignore[no-untyped-call]
         return output
 
-    def _collect(self, name: str, projected: Tensor, delta: Tensor) -> None:
-        count = delta.shape[0]
-        delta = delta.reshape(count, -1, delta.shape[-1])
-        part = delta.transpose(1, 2) @ projected.reshape(count, -1, projected.shape[-1])
+    def _collect(self, name: str, layer: nn.Module, projected: Tensor, delta: Tensor) -> None:
+        if delta.shape[0] % self._count:
+            raise ModelError(
+                f"the layer {name!r} gives {tuple(delta.shape)} for a batch of {self._count}; expected the instances "
+                "in the first dimension. Adapt another layer with --targets, or let the module keep the batch first."
+            )
+        delta = layers.positions(layer, delta, self._count)
+        projected = projected.reshape(self._count, -1, projected.shape[-1])
+        part = delta.transpose(1, 2).float() @ projected.float()
         # A matrix used several times in one pass has one gradient: the sum.
         self._gradients[name] = self._gradients[name] + part if name in self._gradients else part
 
@@ -134,6 +169,8 @@ class FactorEngine:
         Returns:
             The factors, in the batch's order. A loss that is not finite gives factors that are not finite.
         """
+        if int(self.space.optimizer.get("steps", 1)) > 1:
+            return self._after_steps(inputs)
         gradients, losses = self.gradients(inputs)
         steps = {name: first_step(g, self.space.optimizer) for name, g in gradients.items()}
         values: list[Tensor] = []
@@ -142,37 +179,101 @@ class FactorEngine:
             if self.space.rank == 1:
                 values.append(unit_rows(steps[matrix.name][:, :, 0])[0])
             else:
-                columns, core = left_singular(steps[matrix.name].double() @ self._rt[matrix.name])
+                columns, core = left_singular(_double(steps[matrix.name]) @ self._rt[matrix.name].to(self._wide))
                 values.append(columns.flatten(1).float())
                 cores.append(core.float())
         norms = torch.stack([unit_rows(gradients[m.name].flatten(1))[1] for m in self.space.matrices], dim=1)
-        return BatchFactors(
-            values=torch.cat(values, dim=1).cpu().numpy(),
-            cores=torch.stack(cores, dim=1).cpu().numpy() if cores else None,
-            norms=norms.cpu().numpy(),
-            losses=losses.cpu().numpy(),
-        )
+        return _gathered(values, cores, norms, losses)
+
+    @property
+    def _wide(self) -> torch.device:
+        """Where double precision is."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    def train(self, inputs: Mapping[str, Tensor]) -> tuple[AdapterStack, dict[str, Tensor], Tensor]:
+        """Train an adapter on each instance of a batch, all at once, for as many steps as the space says.
+
+        Args:
+            inputs: what the model takes, first dimension n.
+
+        Returns:
+            The adapters; ∂L/∂B at the start, matrix name -> (n, d_out, r); and the losses there, (n,) float32.
+        """
+        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        count = len(next(iter(moved.values())))
+        stack = AdapterStack(self.module, self.space, [self.space.seed] * count, self.device)
+        optimizer = optimizers.build(stack.parameters, self.space.optimizer)
+        gradients: dict[str, Tensor] = {}
+        first = torch.zeros(count)
+        with torch.enable_grad(), stack.attached(), self._forward(moved):
+            for step in range(int(self.space.optimizer.get("steps", 1))):
+                losses = self._loss(self.module, moved)
+                optimizer.zero_grad(set_to_none=True)
+                if losses.requires_grad:
+                    torch.autograd.backward(losses.sum())
+                if step == 0:
+                    first = losses.detach().float()
+                    gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in stack.b.items()}
+                optimizer.step()
+        return stack, gradients, first
+
+    def _after_steps(self, inputs: Mapping[str, Tensor]) -> BatchFactors:
+        stack, gradients, losses = self.train(inputs)
+        values, cores, norms = [], [], []
+        for matrix in self.space.matrices:
+            a, b = stack.a[matrix.name].detach(), stack.b[matrix.name].detach()
+            start_a = self._a[matrix.name]
+            norm = unit_rows(gradients[matrix.name].flatten(1))[1]
+            # A matrix may get its first gradient from the second step on; 0 marks a factor that is zero.
+            norms.append(torch.where(norm > 0, norm, unit_rows(b.flatten(1))[1]))
+            if self.space.rank == 1:
+                sign = torch.sign((a[:, 0] * start_a[0]).sum(dim=1, keepdim=True))
+                values.append(unit_rows(b[:, :, 0])[0] * sign)
+                continue
+            a, b, wide = _double(a), _double(b), _double(start_a)
+            columns, _ = left_singular(b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2))
+            # ΔW in the basis that all instances share, the span of the start's A; what left it is not kept.
+            basis = torch.linalg.qr(wide.T).Q
+            size = (b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2)).flatten(1).norm(dim=1)
+            core = columns.transpose(1, 2) @ b @ (a @ basis)
+            cores.append((core / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None]).float())
+            values.append(columns.flatten(1).float())
+        return _gathered(values, cores, torch.stack(norms, dim=1), losses)
+
+    def check_apart(self, inputs: Mapping[str, Tensor]) -> None:
+        """Check that an instance's gradient does not depend on the others of its batch.
+
+        Args:
+            inputs: a batch of two or more; the first two are tried.
+
+        Raises:
+            ModelError: it does.
+        """
+        together, _ = self.gradients({name: value[:2] for name, value in inputs.items()})
+        for at in range(min(2, len(next(iter(inputs.values()))))):
+            alone, _ = self.gradients({name: value[at : at + 1] for name, value in inputs.items()})
+            for name, gradient in alone.items():
+                one, other = gradient[0].flatten().double(), together[name][at].flatten().double()
+                if not torch.isfinite(one).all() or float((one - other).norm()) <= 1e-3 * float(one.norm()) + 1e-12:
+                    continue
+                raise ModelError(
+                    f"the gradient of {name!r} for one instance is another in a batch of two (relative difference "
+                    f"{float((one - other).norm() / one.norm()):.2g}); expected instances that do not see each other. "
+                    "Keep the batch in the first dimension, mask the padding, and use no batch statistics."
+                )
 
 
-def first_step(gradient: Tensor, optimizer: Mapping[str, Any]) -> Tensor:
-    """Return B after the optimiser's first step from B = 0.
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
-    AdamW (Loshchilov and Hutter 2019): after the bias correction of the first step m̂ = g and v̂ = g², and weight decay
-    does nothing to B = 0.
 
-    Args:
-        gradient: ∂L/∂B, any shape.
-        optimizer: "name", "lr", "eps".
-
-    Returns:
-        B₁, same shape.
-
-    Raises:
-        ModelError: the optimiser is none that is known.
-    """
-    if optimizer["name"] != "adamw":
-        raise ModelError(f"the instance step {optimizer['name']!r} is unknown; expected 'adamw'.")
-    return -float(optimizer["lr"]) * gradient / (gradient.abs() + float(optimizer["eps"]))
+def _gathered(values: Sequence[Tensor], cores: Sequence[Tensor], norms: Tensor, losses: Tensor) -> BatchFactors:
+    return BatchFactors(
+        values=torch.cat(list(values), dim=1).cpu().numpy(),
+        cores=torch.stack(list(cores), dim=1).cpu().numpy() if cores else None,
+        norms=norms.cpu().numpy(),
+        losses=losses.cpu().numpy(),
+    )
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:

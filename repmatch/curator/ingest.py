@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
-from repmatch.datamodels import BadRow, Dataset, Encoding, FactorBatch, Row
+from repmatch.curator.windows import Progress, Work, factors_of, window_tokens, windows
+from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
-    from repmatch.curator.classification import Example, SequenceClassification
-    from repmatch.curator.engine import FactorEngine
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Stage, StageSummary, Store
+
+__all__ = [
+    "IngestOptions",
+    "IngestReport",
+    "Progress",
+    "check_name",
+    "factors_of",
+    "ingest",
+    "window_tokens",
+    "windows",
+]
 
 logger = logging.getLogger(__name__)
 
 MAX_LABELS = 1000
-# A window is the unit of commit: rows are sorted by length within it and committed together. It is sized in work, not
-# in seconds, so that a run that was killed goes on with the very batches an uninterrupted run would have computed.
-_WINDOW_FLOP = {"cpu": 1e12}
-_WINDOW_FLOP_GPU = 5e13
-_WINDOW_ROWS = (64, 4096)
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class IngestReport:
         computed: instance factors computed now.
         seconds: wall time.
         bad: the first bad rows.
+        detail: what was measured on the way: the precision used, what the encoding costs.
     """
 
     dataset: str
@@ -77,6 +80,7 @@ class IngestReport:
     computed: int
     seconds: float
     bad: tuple[BadRow, ...]
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
         """Return the fields that `--json` prints."""
@@ -117,7 +121,7 @@ def ingest(
     check_name(dataset)
     with store.writing(), store.stage(dataset) as stage:
         known = store.dataset(dataset) if store.has_dataset(dataset) else None
-        reader = open_rows(sources, options.fields, resolved=known.fields if known else None)
+        reader = open_rows(sources, options.fields, resolved=known.fields if known else None, kind=settings.kind)
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
         bad = stage.rejected(limit=20)
@@ -125,16 +129,21 @@ def ingest(
         record = _record(dataset, reader, known, first.labels, options)
         done, truncated = 0, 0
         lost: list[BadRow] = []
-        with store.run("ingest", {"dataset": dataset, "sources": list(sources), "input": reader.input_hash}):
+        detail: dict[str, Any] = {}
+        arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash}
+        with store.run("ingest", arguments) as run:
             if known is None or first.todo or not settings.asks_nothing:
-                bench = _bench(store, known, settings)
+                bench = _bench(store, partial(started, store, stage, first.todo, tell), known, settings, record)
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
                 store.save_space(bench.space)
                 store.save_dataset(replace(record, space_id=bench.space.id))
                 stage.touch()
-                done, truncated, lost = _compute(store, stage, bench, record, first.todo, tell)
+                work = Work(store, stage, bench, record, first.todo, tell)
+                done, truncated, lost = work.compute()
+                detail = work.detail
+                run.detail.update(detail)
                 if lost:
                     store.quarantine(dataset, lost)
             else:  # nothing to compute: the model is not even loaded
@@ -151,6 +160,7 @@ def ingest(
         computed=done,
         seconds=time.monotonic() - began,
         bad=tuple([*bad, *lost][:20]),
+        detail=detail,
     )
 
 
@@ -172,7 +182,7 @@ def check_name(name: str) -> None:
 
 
 def _read(stage: Stage, reader: RowReader, known: Dataset | None, tell: Progress) -> None:
-    labels = set(known.labels) if known else None
+    labels = set(known.labels) if known and known.fields.form in CLASSED else None
     count = 0
     for chunk in reader:
         good = [row for row in chunk if isinstance(row, Row)]
@@ -232,6 +242,8 @@ def _record(
         columns = {**known.columns, **reader.columns}
         columns |= {c: "json" for c, kind in known.columns.items() if reader.columns.get(c, kind) != kind}
         return replace(known, columns=columns)
+    if reader.fields.form not in CLASSED:
+        return Dataset(name, reader.fields, (), reader.columns, None, options.encoding or "float16")
     if len(labels) < 2:
         raise InputError(
             f"every row has the label {labels[0]!r}; expected two or more labels, because with one there is nothing to "
@@ -245,146 +257,95 @@ def _record(
     return Dataset(name, reader.fields, labels, reader.columns, None, options.encoding or "float16")
 
 
-def _bench(store: Store, known: Dataset | None, settings: Settings) -> Workbench:
+def _bench(
+    store: Store,
+    start: Callable[[Workbench, str | None, Dataset], Workbench],
+    known: Dataset | None,
+    settings: Settings,
+    record: Dataset,
+) -> Workbench:
     from repmatch.curator.workbench import Workbench  # torch loads here: only once the input is known to be good
 
     if known is None or known.space_id is None:
-        return Workbench.build(settings)
+        bench = Workbench.build(settings, record.fields.form)
+        return start(bench, settings.warm_start, record)
     space = store.space(known.space_id)
-    bench = Workbench.build(settings.like(space))
+    bench = Workbench.build(settings.like(space), record.fields.form)
+    if space.warm_start is not None:
+        bench = bench.from_warm(warm_adapter(store, space.warm_start))
     if bench.space.id != space.id:
         raise SpaceMismatchError(
             f"the factors of the dataset {known.name!r} are of another space than these options make (stored against "
             "asked). Leave the options out, or ingest into a new dataset.",
             space.differences(bench.space),
         )
+    _check_warm(store, settings.warm_start, known, bench.warm)
     return bench
 
 
-def _compute(
-    store: Store, stage: Stage, bench: Workbench, dataset: Dataset, total: int, tell: Progress
-) -> tuple[int, int, list[BadRow]]:
-    done = truncated = 0
-    lost: list[BadRow] = []
-    if total == 0:
-        return 0, 0, []
-    tell("factors", 0, total)
-    engine, task = bench.engine(len(dataset.labels)), bench.task(dataset.labels)
-    for rows, examples in windows(stage.todo(), task, window_tokens(bench, engine)):
-        tick = partial(_tick, tell, done, total)
-        batch, bad = factors_of(engine, task, rows, examples, batch_tokens=bench.batch_tokens, tick=tick)
-        if batch.rows:
-            store.append(dataset.name, bench.space.id, dataset.encoding, batch)
-        lost += bad
-        truncated += int(batch.truncated.sum())
-        done += len(rows)
-        tell("factors", done, total)
-    return done - len(lost), truncated, lost
+def warm_adapter(store: Store, adapter_id: str) -> Adapter:
+    """Return a stored warm start; see `repmatch.curator.warm.warm_adapter`."""
+    from repmatch.curator import warm
+
+    return warm.warm_adapter(store, adapter_id)
 
 
-def _tick(tell: Progress, before: int, total: int, within: int) -> None:
-    tell("factors", before + within, total)
-
-
-def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
-    """Return how many tokens a window holds: a fixed amount of work for the device, by the model's size.
+def started(
+    store: Store, stage: Stage, total: int, tell: Progress, bench: Workbench, asked: str | None, record: Dataset
+) -> Workbench:
+    """Give a new dataset's workbench the start that was asked for.
 
     Args:
-        bench: names the device.
-        engine: holds the model.
+        store: keeps the warm start.
+        stage: the dataset's rows.
+        total: how many they are.
+        tell: called with (stage, done, total or None).
+        bench: the cold workbench.
+        asked: see `Settings.warm_start`.
+        record: the new dataset.
 
     Returns:
-        Tokens, at least 1.
+        The workbench, its space final.
+
+    Raises:
+        UsageError: `asked` names a dataset without a warm start.
     """
-    parameters = sum(p.numel() for n, p in engine.module.named_parameters() if "embed" not in n)
-    return max(1, int(_WINDOW_FLOP.get(bench.device, _WINDOW_FLOP_GPU) / (4 * parameters)))
+    if asked in (None, "none"):
+        return bench
+    from repmatch.curator import warm
+
+    count = warm.sample_size(str(asked), total)
+    if count is None:
+        adapter = _warm_of(store, str(asked))
+    else:
+        rows = warm.sample(stage.todo(), count, bench.space.seed)
+        tick = partial(tell, "warm start")
+        task = bench.task(record.labels, record.fields)
+        adapter = warm.train(bench, record.labels, rows, asked=str(asked), task=task, progress=tick)
+        store.save_space(bench.space)
+        store.save_adapter(replace(adapter, subset=f"warm start of {record.name}"))
+    return bench.from_warm(adapter)
 
 
-def windows(
-    chunks: Iterator[Sequence[Row]], task: SequenceClassification, tokens: int
-) -> Iterator[tuple[list[Row], list[Example]]]:
-    """Cut a stream of rows into windows of about so many tokens.
-
-    Args:
-        chunks: rows in input order.
-        task: tokenises them.
-        tokens: a window ends with the row that reaches them.
-
-    Yields:
-        Rows and their examples, in input order.
-    """
-    rows: list[Row] = []
-    examples: list[Example] = []
-    count = 0
-    for chunk in chunks:
-        for row, example in zip(chunk, task.encode(chunk), strict=True):
-            rows.append(row)
-            examples.append(example)
-            count += example.tokens
-            full = count >= tokens and len(rows) >= _WINDOW_ROWS[0]
-            if full or len(rows) >= _WINDOW_ROWS[1]:
-                yield rows, examples
-                rows, examples, count = [], [], 0
-    if rows:
-        yield rows, examples
-
-
-def factors_of(
-    engine: FactorEngine,
-    task: SequenceClassification,
-    rows: Sequence[Row],
-    examples: Sequence[Example],
-    batch_tokens: int,
-    *,
-    tick: Callable[[int], None] | None = None,
-) -> tuple[FactorBatch, list[BadRow]]:
-    """Compute the factors of a window, batch by batch of similar length.
-
-    Args:
-        engine: the factor engine.
-        task: collates examples.
-        rows: the window's rows.
-        examples: the same rows, tokenised.
-        batch_tokens: padded tokens a batch may hold.
-        tick: called with the rows done so far, batch by batch.
-
-    Returns:
-        The factors of the rows whose loss and gradient are finite, in the rows' order, and the others as bad rows.
-    """
-    from repmatch.curator.engine import batches_by_tokens
-
-    layout, rank, n = engine.layout, engine.layout.rank, len(rows)
-    values = np.empty((n, layout.width), dtype=np.float32)
-    cores = np.empty((n, len(layout.dims), rank, rank), dtype=np.float32) if rank > 1 else None
-    norms = np.empty((n, len(layout.dims)), dtype=np.float32)
-    losses, done = np.empty(n, dtype=np.float32), 0
-    for at in batches_by_tokens([example.tokens for example in examples], batch_tokens):
-        part = engine.compute(task.collate([examples[i] for i in at]))
-        values[at], norms[at], losses[at] = part.values, part.norms, part.losses
-        if cores is not None and part.cores is not None:
-            cores[at] = part.cores
-        done += len(at)
-        if tick is not None:
-            tick(done)
-    finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
-    keep = np.flatnonzero(finite).tolist()
-    bad = [
-        BadRow(
-            rows[i].source,
-            rows[i].line,
-            rows[i].id,
-            f"the loss is {losses[i]} and the gradient's norm {norms[i].max()}; expected finite numbers. The model "
-            "cannot learn from this text: look at it, or use another model",
+def _warm_of(store: Store, name: str) -> Adapter:
+    space_id = store.dataset(name).space_id
+    start = None if space_id is None else store.space(space_id).warm_start
+    if start is None:
+        raise UsageError(
+            f"--warm-start {name!r} names a dataset that has no warm start; expected one that has, a number of "
+            "instances, a share such as 5%, or none."
         )
-        for i in np.flatnonzero(~finite).tolist()
-    ]
-    batch = FactorBatch(
-        rows=tuple(rows[i] for i in keep),
-        values=values[keep],
-        cores=None if cores is None else cores[keep],
-        norms=norms[keep],
-        losses=losses[keep],
-        tokens=np.asarray([examples[i].tokens for i in keep], dtype=np.int32),
-        truncated=np.asarray([examples[i].truncated for i in keep], dtype=np.bool_),
+    return warm_adapter(store, start)
+
+
+def _check_warm(store: Store, asked: str | None, known: Dataset, warm: Adapter | None) -> None:
+    if asked is None or asked == (warm.recipe["asked"] if warm else "none") or asked == known.name:
+        return
+    if warm is not None and store.has_dataset(asked) and _warm_of(store, asked).id == warm.id:
+        return
+    stored = f"one that was asked for as {warm.recipe['asked']!r}" if warm else "a cold one"
+    raise SpaceMismatchError(
+        f"--warm-start {asked!r} is another start than that of the dataset {known.name!r}, {stored}. Leave "
+        "--warm-start out, or ingest into a new dataset.",
+        {"warm_start": (warm.id if warm else None, asked)},
     )
-    return batch, bad

@@ -95,11 +95,17 @@ def nearest_to_text(
     if not row.text.strip():
         raise InputError("the text is empty; expected some words after --text.")
     known = store.dataset(dataset)
-    if row.label and row.label not in known.labels:
+    if row.label and known.labels and row.label not in known.labels:
         raise UnknownNameError.of("label", row.label, known.labels, f"labels are those of the dataset {dataset!r}")
-    if row.text_pair is not None and known.fields.text_pair_field is None:
+    form = known.fields.form
+    if row.text_pair is not None and known.fields.text_pair_field is None and form != "messages":
         raise UsageError(f"the instances of {dataset!r} are single texts; leave --text-pair out.")
-    queries = _factors_of_text(store, dataset, row, (row.label,) if row.label else known.labels, settings)
+    if row.text_pair is None and form in ("completion", "messages"):
+        raise UsageError(f"the instances of {dataset!r} are prompts with answers; give the answer with --text-pair.")
+    if not row.label and form == "numbers":
+        raise UsageError(f"the instances of {dataset!r} have a number as label; give it with --label.")
+    labels = (row.label,) if row.label or not known.labels else known.labels
+    queries = _factors_of_text(store, dataset, row, labels, settings)
     found = [_search(store, dataset, query, k=k, signed=signed, skip=None) for query in queries]
     best: dict[str, float] = {}
     for neighbours in found:
@@ -125,8 +131,9 @@ def _factors_of_text(
     if known.space_id is None:
         raise UnknownNameError(f"the dataset {dataset!r} has no factors yet; ingest it first.")
     space = store.space(known.space_id)
-    bench = Workbench.of_space(space, settings)
-    engine, task = bench.engine(len(known.labels)), bench.task(known.labels)
+    bench = Workbench.of_space(space, settings, store)
+    task = bench.task(known.labels, known.fields)
+    engine = bench.engine(known.labels, task)
     rows = [replace(row, label=label) for label in labels]
     batch, bad = factors_of(engine, task, rows, task.encode(rows), batch_tokens=bench.batch_tokens)
     if bad:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from repmatch.curator import forms
 from repmatch.curator.records import Record, RowProblem, not_finite, shown
 from repmatch.datamodels import BadRow, Fields, Row
 from repmatch.errors import quote_list
@@ -112,26 +113,58 @@ class RowMaker:
 
     def _make(self, source: str, line: int, raw: str, value: dict[str, Any]) -> Row:
         fields = self._fields
-        text = value.get(fields.text_field)
-        if type(text) is not str or not text or len(text) > MAX_TEXT_CHARS or text.isspace():
-            raise _text_problem(value, fields.text_field, "--text-field")
-        pair = self._pair(value)
-        label = value.get(fields.label_field)
-        if type(label) is not str:
-            label = _as_text(value, fields.label_field, "label", "--label-field")
-        if not label or len(label) > MAX_NAME_CHARS or label.isspace():
-            raise _name_problem(label, fields.label_field, "label", "--label-field")
+        text, pair, label, task = self._task(value, source)
         given = None if fields.id_field is None else _id(value, fields.id_field)
         try:
             canonical = _CANONICAL.encode(value)
         except ValueError:
             raise not_finite(value) from None
         row_hash = _hash(canonical)
-        encode = encode_basestring_ascii  # canonical JSON of a str
-        pair_json = "null" if pair is None else encode(pair)
-        task_hash = _hash(f"[{encode(text)},{pair_json},{encode(label)}]")
         row_id = self._seen.name(row_hash) if given is None else given
-        return Row(row_id, raw, text, pair, label, row_hash, task_hash, source, line)
+        return Row(row_id, raw, text, pair, label, row_hash, _hash(task), source, line)
+
+    def _task(self, value: dict[str, Any], source: str) -> tuple[str, str | None, str, str]:
+        """Text, second text, label, and the JSON text of all that the task reads."""
+        fields, form = self._fields, self._fields.form
+        if form == "messages":
+            messages = forms.conversation(value.get(fields.text_field), fields.text_field)
+            text, pair = forms.dialogue(messages[:-1]), messages[-1]["content"]
+            plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(plain)
+        text = self._text(value)
+        encode = encode_basestring_ascii  # canonical JSON of a str
+        if form == "images":
+            label = self._label(value)
+            return text, None, label, f"[{encode(forms.image_digest(text, source, fields.text_field))},{encode(label)}]"
+        second = self._pair(value)
+        if form == "completion" and second is None:
+            raise _text_problem(value, str(fields.text_pair_field), "--text-pair-field")
+        pair_json = "null" if second is None else encode(second)
+        if form in ("completion", "texts"):
+            label = forms.optional_label(value.get(fields.label_field))
+            return text, second, label, f"[{encode(text)},{pair_json}]"
+        if form == "numbers":
+            if fields.label_field not in value:
+                raise _missing(value, fields.label_field, "--label-field")
+            label = forms.number_text(value[fields.label_field], fields.label_field)
+        else:
+            label = self._label(value)
+        return text, second, label, f"[{encode(text)},{pair_json},{encode(label)}]"
+
+    def _text(self, value: dict[str, Any]) -> str:
+        text = value.get(self._fields.text_field)
+        if type(text) is not str or not text or len(text) > MAX_TEXT_CHARS or text.isspace():
+            raise _text_problem(value, self._fields.text_field, "--text-field")
+        return text
+
+    def _label(self, value: dict[str, Any]) -> str:
+        column = self._fields.label_field
+        label = value.get(column)
+        if type(label) is not str:
+            label = _as_text(value, column, "label", "--label-field")
+        if not label or len(label) > MAX_NAME_CHARS or label.isspace():
+            raise _name_problem(label, column, "label", "--label-field")
+        return label
 
     def _pair(self, value: dict[str, Any]) -> str | None:
         column = self._fields.text_pair_field

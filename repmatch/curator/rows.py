@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from repmatch.curator.forms import TaskKind, task_kind
 from repmatch.curator.records import BadRecord, Record
 from repmatch.curator.rowmaker import MAX_NAME_CHARS, MAX_TEXT_CHARS, RowMaker
 from repmatch.curator.sources import Source, find
@@ -44,8 +45,9 @@ class FieldChoice:
 
     Attributes:
         id_field: column with the id. Default: `id` where the first readable row has it, else the digest of the row.
-        text_field: column with the text. Default: `text`.
-        text_pair_field: column with the second text; "": none. Default: `text_pair` where one of the first rows has it.
+        text_field: column with the text. Default: the task's, for classification `text`.
+        text_pair_field: column with the second text; "": none. Default: the task's, for classification `text_pair`
+            where one of the first rows has it.
         label_field: column with the label. Default: `label`.
     """
 
@@ -73,7 +75,9 @@ class SourceCount:
     hash: str
 
 
-def open_rows(sources: Sequence[str], fields: FieldChoice, *, resolved: Fields | None = None) -> RowReader:
+def open_rows(
+    sources: Sequence[str], fields: FieldChoice, *, resolved: Fields | None = None, kind: TaskKind | None = None
+) -> RowReader:
     """Open sources for reading; nothing is read yet, but every source is found.
 
     Args:
@@ -81,6 +85,7 @@ def open_rows(sources: Sequence[str], fields: FieldChoice, *, resolved: Fields |
             input, or hf:NAME[@CONFIG][:SPLIT].
         fields: the columns the user asked for.
         resolved: the columns that the dataset was ingested with before; they win.
+        kind: the task whose rows they are; None: sequence classification.
 
     Returns:
         The reader, to be iterated once.
@@ -99,7 +104,7 @@ def open_rows(sources: Sequence[str], fields: FieldChoice, *, resolved: Fields |
     _check_choice(fields)
     if resolved is not None:
         _check_resolved(fields, resolved)
-    return RowReader([find(name) for name in sources], fields, resolved)
+    return RowReader([find(name) for name in sources], fields, resolved, kind or task_kind(None))
 
 
 class RowReader:
@@ -108,8 +113,9 @@ class RowReader:
     Iterate once. Exact duplicates are kept; without an id column their ids are `DIGEST`, `DIGEST-2`, ...
     """
 
-    def __init__(self, sources: Sequence[Source], fields: FieldChoice, resolved: Fields | None) -> None:
+    def __init__(self, sources: Sequence[Source], fields: FieldChoice, resolved: Fields | None, kind: TaskKind) -> None:
         self._sources = sources
+        self._kind = kind
         self._choice = fields
         self._fields = resolved
         self._resolved = resolved
@@ -122,7 +128,7 @@ class RowReader:
     @property
     def fields(self) -> Fields:
         """The columns that are read: final with the first chunk that holds a `Row`, the defaults before."""
-        return self._fields or _resolve(self._choice, [])
+        return self._fields or _resolve(self._choice, [], self._kind)
 
     @property
     def columns(self) -> dict[str, ColumnKind]:
@@ -201,10 +207,11 @@ class RowReader:
         if not values:
             return None
         if self._fields is None:
-            self._fields = _resolve(self._choice, values)
+            self._fields = _resolve(self._choice, values, self._kind)
         pair = self._fields.text_pair_field
         late = None
-        if self._resolved is None and self._choice.text_pair_field is None and pair is None:
+        paired = self._fields.form in ("classes", "numbers", "texts")
+        if self._resolved is None and self._choice.text_pair_field is None and pair is None and paired:
             late = _default_pair(self._choice)
         self._maker = RowMaker(
             self._fields,
@@ -230,14 +237,27 @@ def _default_pair(choice: FieldChoice) -> str | None:
     return None if "text_pair" in (choice.text_field, choice.label_field, choice.id_field) else "text_pair"
 
 
-def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]]) -> Fields:
+def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: TaskKind) -> Fields:
     id_field, pair = choice.id_field, choice.text_pair_field
     if id_field is None and values and "id" in values[0] and "id" not in (choice.text_field, choice.label_field, pair):
         id_field = "id"
+    text, label, form = choice.text_field or kind.text_field, choice.label_field or "label", kind.form
+    if form == "completion":
+        if choice.text_field is None and text not in (values[0] if values else ()) and _has(values, "messages"):
+            text = "messages"
+        if values and isinstance(values[0].get(text), list):
+            return Fields(id_field, text, None, label, "messages")
+        return Fields(id_field, text, pair or kind.pair_field, label, form)
+    if form == "images":
+        return Fields(id_field, text, None, label, form)
     if pair is None:
         default = _default_pair(choice)
         pair = default if any(default in value for value in values) else None
-    return Fields(id_field, choice.text_field or "text", pair or None, choice.label_field or "label")
+    return Fields(id_field, text, pair or None, label, form)
+
+
+def _has(values: Sequence[Mapping[str, Any]], column: str) -> bool:
+    return any(column in value for value in values)
 
 
 def _check_choice(choice: FieldChoice) -> None:

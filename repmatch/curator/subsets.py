@@ -82,9 +82,9 @@ class Trainer:
         from repmatch.curator import start, training
         from repmatch.curator.workbench import Workbench
 
-        bench = Workbench.of_space(space, self.settings)
-        labels = self.store.dataset(subset.dataset).labels
-        task, recipe = bench.task(labels), self.recipe
+        bench = Workbench.of_space(space, self.settings, self.store)
+        dataset, recipe = self.store.dataset(subset.dataset), self.recipe
+        task = bench.task(dataset.labels, dataset.fields)
         most = recipe.max_steps * recipe.batch_size
         if len(ids) > most:
             order = start.generator(recipe.seed, "sample").permutation(len(ids))[:most]
@@ -96,7 +96,7 @@ class Trainer:
         examples = task.encode(list(self.store.tasks(subset.dataset, ids=ids)))
         tell = self.progress
         trained = training.train(
-            bench.module(len(labels)),
+            bench.start(dataset.labels),
             space,
             task,
             examples,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import start
-from repmatch.curator.classification import Example, SequenceClassification
+from repmatch.curator.tasks import Example, Task
 from repmatch.datamodels import Space
 from repmatch.errors import ModelError
 
@@ -83,13 +83,15 @@ def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterato
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # Conv1D: peft sets it right by itself
         wrapped = get_peft_model(module, config)
     try:
         layers = dict(module.named_modules())
         with torch.no_grad():
             for matrix in space.matrices:
                 values = torch.from_numpy(start.draw_a(space.seed, matrix.name, rank, matrix.d_in))
-                layers[matrix.name].lora_A["default"].weight.copy_(values)
+                weight = layers[matrix.name].lora_A["default"].weight
+                weight.copy_(values.reshape(weight.shape))
                 layers[matrix.name].lora_B["default"].weight.zero_()
         wrapped.requires_grad_(False)
         for name, parameter in wrapped.named_parameters():
@@ -130,7 +132,7 @@ def batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[int]]:
 def train(
     module: nn.Module,
     space: Space,
-    task: SequenceClassification,
+    task: Task,
     examples: Sequence[Example],
     recipe: Recipe,
     progress: Callable[[int, int], None] | None = None,
@@ -152,55 +154,92 @@ def train(
         ModelError: a loss is not finite.
     """
     began = time.monotonic()
-    total, losses, right, seen = recipe.steps(len(examples)), [], 0, 0
+    total, seen = recipe.steps(len(examples)), 0
+    losses: list[float] = []
+    right: int | None = None
     with adapted(module, space) as wrapped:
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for step, at in enumerate(batches(examples, recipe)):
-            loss, hits = train_step(wrapped, optimizer, task.collate([examples[i] for i in at]))
+            loss, hits = train_step(wrapped, optimizer, task.collate([examples[i] for i in at]), task)
             if not math.isfinite(loss):
                 raise ModelError(
                     f"training the subset adapter diverged at step {step + 1} (loss {loss}); try a smaller learning "
                     f"rate than {recipe.learning_rate}."
                 )
             losses.append(loss)
-            right, seen = right + hits, seen + len(at)
+            right, seen = None if hits is None else (right or 0) + hits, seen + len(at)
             if progress is not None:
                 progress(step + 1, total)
         layers = dict(module.named_modules())
-        a = {m.name: layers[m.name].lora_A["default"].weight.detach().cpu().numpy().copy() for m in space.matrices}
-        b = {m.name: layers[m.name].lora_B["default"].weight.detach().cpu().numpy().copy() for m in space.matrices}
+        a = {m.name: _matrix(layers[m.name].lora_A) for m in space.matrices}
+        b = {m.name: _matrix(layers[m.name].lora_B) for m in space.matrices}
+    return Trained(a, b, training_record(len(examples), seen, losses, right, time.monotonic() - began))
+
+
+def _matrix(parts: Any) -> NDArray[np.float32]:
+    """Return a LoRA factor as a matrix; that of a convolution has its channels first."""
+    weight = parts["default"].weight.detach().cpu().numpy()
+    found: NDArray[np.float32] = weight.reshape(len(weight), -1).copy()
+    return found
+
+
+def training_record(
+    instances: int, seen: int, losses: Sequence[float], right: int | None, seconds: float
+) -> dict[str, Any]:
+    """Describe what happened in a training.
+
+    Args:
+        instances: of the subset.
+        seen: instances read, an instance as often as it was.
+        losses: of every step.
+        right: how many were classified right just before their step; None where nothing is classified.
+        seconds: it took.
+
+    Returns:
+        Plain JSON values.
+    """
     tail = max(1, len(losses) // 10)
     record = {
-        "instances": len(examples),
+        "instances": instances,
         "instances_read": seen,
         "steps": len(losses),
         "first_loss": float(np.mean(losses[:tail])),
         "last_loss": float(np.mean(losses[-tail:])),
         "losses": [round(value, 6) for value in losses],
-        "running_accuracy": right / max(seen, 1),
-        "seconds": round(time.monotonic() - began, 3),
+        "seconds": round(seconds, 3),
     }
-    return Trained(a, b, record)
+    if right is not None:
+        record["running_accuracy"] = right / max(seen, 1)
+    return record
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], task: Task | None = None
+) -> tuple[float, int | None]:
     """Take one optimiser step on one batch.
 
     Args:
-        model: a sequence classifier; what requires gradients is trained.
+        model: what requires gradients is trained.
         optimizer: over those parameters.
-        batch: from `SequenceClassification.collate`.
+        batch: from the task's `collate`.
+        task: gives the loss; None: sequence classification.
 
     Returns:
-        The mean loss, and how many of the batch were classified right before the step.
+        The mean loss, and how many of the batch were classified right before the step; None where nothing is
+        classified.
     """
     device = next(model.parameters()).device
     moved = {name: value.to(device) for name, value in batch.items()}
+    right = None
     with torch.enable_grad():
-        logits = model(**{name: value for name, value in moved.items() if name != "labels"}).logits.float()
-        loss = functional.cross_entropy(logits, moved["labels"])
+        if task is None or task.name == "sequence-classification":
+            logits = model(**{name: value for name, value in moved.items() if name != "labels"}).logits.float()
+            loss = functional.cross_entropy(logits, moved["labels"])
+            right = int((logits.argmax(dim=1) == moved["labels"]).sum())
+        else:
+            loss = task.losses(model, moved).mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
     optimizer.step()
-    return float(loss.detach()), int((logits.argmax(dim=1) == moved["labels"]).sum())
+    return float(loss.detach()), right

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from repmatch.curator import base_models, classification, targets
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import FactorEngine
-from repmatch.curator.settings import DEFAULT_ALPHA, DEFAULT_MAX_LENGTH, DEFAULT_RANK, Settings
-from repmatch.datamodels import Space
-from repmatch.errors import SpaceMismatchError, UsageError
+from repmatch.curator.optimizers import instance_step
+from repmatch.curator.settings import (
+    DEFAULT_ALPHA,
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_MAX_LENGTHS,
+    DEFAULT_RANK,
+    Settings,
+)
+from repmatch.curator.tasks import OwnModel, causal, images, masked, regression
+from repmatch.curator.warm import merged, warm_adapter
+from repmatch.datamodels import Adapter, Fields, Space, digest
+from repmatch.errors import SpaceMismatchError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from repmatch.store import Store
+
+OWN = "own:"
 # Padded tokens a batch on the CPU: measured best of 512 to 8192 for the embedded model (activations stay in the cache).
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 65536
-# The AdamW step of an instance adapter: the reference procedure's learning rate, torch's eps.
-INSTANCE_STEP = {"name": "adamw", "lr": 1e-3, "eps": 1e-8}
 
 
 def pick_device(name: str | None) -> str:
@@ -59,89 +71,224 @@ class Workbench:
     """A base model, its tokenizer and the space they make.
 
     Attributes:
-        model: the base model's files.
+        model: the base model's files, or the user's own module and task.
         space: the space.
         device: where to compute.
         batch_tokens: padded tokens a batch may hold.
+        warm: the adapter that the space starts from, None for a cold start.
     """
 
-    model: base_models.BaseModel
+    model: base_models.BaseModel | OwnModel
     space: Space
     device: str
     batch_tokens: int
+    warm: Adapter | None = None
 
     @classmethod
-    def build(cls, settings: Settings) -> Workbench:
-        """Make the workbench that settings describe.
+    def build(cls, settings: Settings, form: str | None = None) -> Workbench:
+        """Make the workbench that settings describe; the start is cold whatever they say of a warm one.
 
         Args:
-            settings: base model, rank, targets and so on; None means the default.
+            settings: base model, task, rank, targets and so on; None means the default.
+            form: what the rows hold, "messages" for conversations.
 
         Returns:
-            The workbench; the space's identity is final.
+            The workbench; but for a warm start the space's identity is final.
         """
         limit_threads()
-        model = base_models.find_model(settings.model)
-        tokenizer = _tokenizer(model)
-        # Two labels are enough to find the matrices: they do not depend on the head.
+        device = pick_device(settings.device)
         seed = settings.seed or 0
-        module = _classifier(model, 2, seed)
+        model, parts = _own_parts(settings) if settings.own is not None else _parts(settings, form)
         space = Space(
-            model=model.name,
-            model_fingerprint=model.fingerprint,
-            tokenizer_fingerprint=base_models.tokenizer_fingerprint(tokenizer),
-            task=classification.NAME,
-            template=classification.TEMPLATE,
-            max_length=_max_length(settings.max_length, model, tokenizer.model_max_length),
+            **parts,
             rank=settings.rank or DEFAULT_RANK,
             alpha=settings.alpha or DEFAULT_ALPHA,
             seed=seed,
-            matrices=targets.find_matrices(module, settings.targets),
-            optimizer=INSTANCE_STEP,
+            optimizer=instance_step(settings.optimizer, settings.learning_rate, settings.steps),
         )
-        device = pick_device(settings.device)
         return cls(model, space, device, settings.batch_tokens or default_batch_tokens(device))
 
     @classmethod
-    def of_space(cls, space: Space, settings: Settings) -> Workbench:
+    def of_space(cls, space: Space, settings: Settings, store: Store | None = None) -> Workbench:
         """Make the workbench of a space that a store already holds.
 
         Args:
             space: the stored space.
             settings: where to find the model now (None: where it was), device and batch size.
+            store: where a warm start is kept; without it only the cold model can be had.
 
         Returns:
             The workbench of exactly that space.
 
         Raises:
             SpaceMismatchError: the model or tokenizer found is not the one of the space.
+            UsageError: the space is of a user's own module, which was not given.
         """
         limit_threads()
-        model = base_models.find_model(settings.model or space.model)
-        found = replace(
-            space,
-            model_fingerprint=model.fingerprint,
-            tokenizer_fingerprint=base_models.tokenizer_fingerprint(_tokenizer(model)),
-        )
+        model: base_models.BaseModel | OwnModel
+        if settings.own is not None:
+            model = settings.own
+            prints = {"model_fingerprint": model.fingerprint, "tokenizer_fingerprint": model.task_fingerprint}
+        else:
+            _refuse_own(space.model)
+            model = base_models.find_model(settings.model if isinstance(settings.model, str) else space.model)
+            prints = {"model_fingerprint": model.fingerprint, "tokenizer_fingerprint": _reader_print(model, space.task)}
+        found = replace(space, **prints)  # type: ignore[arg-type]
         if found.id != space.id:
             raise SpaceMismatchError(
                 f"the model at {model.name} is not the one this space was made with; point --model to the original.",
                 space.differences(found),
             )
         device = pick_device(settings.device)
-        return cls(model, space, device, settings.batch_tokens or default_batch_tokens(device))
+        warm = None if store is None or space.warm_start is None else warm_adapter(store, space.warm_start)
+        return cls(model, space, device, settings.batch_tokens or default_batch_tokens(device), warm)
 
-    def task(self, labels: Sequence[str]) -> SequenceClassification:
-        """Return the task for a dataset's labels."""
-        return SequenceClassification(_tokenizer(self.model), labels, self.space.max_length)
+    def from_warm(self, warm: Adapter) -> Workbench:
+        """Return the workbench of the same space, started from an adapter."""
+        return replace(self, space=replace(self.space, warm_start=warm.id), warm=warm)
+
+    def task(self, labels: Sequence[str], fields: Fields | None = None) -> Any:
+        """Return the task for a dataset.
+
+        Args:
+            labels: its labels.
+            fields: its columns; needed for conversations only.
+
+        Returns:
+            A `repmatch.curator.tasks.Task`.
+        """
+        space = self.space
+        if isinstance(self.model, OwnModel):
+            own = copy.copy(self.model.task)
+            own.labels = tuple(labels)
+            return own
+        if space.task == images.NAME:
+            return images.ImageClassification(_pixels(self.model), labels)
+        tokenizer = _tokenizer(self.model)
+        if space.task == causal.NAME:
+            column = fields.text_field if fields is not None and fields.form == "messages" else None
+            return causal.CausalLanguage(tokenizer, space.template, space.max_length, column)
+        if space.task == masked.NAME:
+            return masked.MaskedLanguage(tokenizer, space.max_length, space.seed)
+        if space.task == regression.NAME:
+            return regression.TextRegression(tokenizer, space.max_length)
+        return SequenceClassification(tokenizer, labels, space.max_length)
 
     def module(self, labels: int) -> nn.Module:
-        """Return the frozen model with a head of so many labels, on the device."""
-        return _classifier(self.model, labels, self.space.seed).to(self.device)
+        """Return the frozen base model with a head of so many labels, on the device; cold, whatever the space's start.
 
-    def engine(self, labels: int) -> FactorEngine:
-        """Return the factor engine for a head of so many labels."""
-        return FactorEngine(self.module(labels), self.space, classification.losses, self.device)
+        Args:
+            labels: number of labels; 0 or more where the task has none.
+
+        Returns:
+            The model, shared by all callers: leave it as it was.
+        """
+        if isinstance(self.model, OwnModel):
+            return self.model.module.eval().requires_grad_(False).to(self.device)
+        return _module(self.model, self.space.task, labels, self.space.seed).to(self.device)
+
+    def start(self, labels: Sequence[str]) -> nn.Module:
+        """Return the frozen model at the space's start: the base model, or with the warm start merged into it.
+
+        Args:
+            labels: the dataset's labels.
+
+        Returns:
+            The model on the device.
+
+        Raises:
+            StoreError: the space starts from an adapter that is not at hand.
+        """
+        cold = self.module(len(labels))
+        if self.space.warm_start is None:
+            return cold
+        if self.warm is None:
+            raise StoreError(
+                f"the space starts from the adapter {self.space.warm_start}, which is not at hand; open the store that "
+                "holds it."
+            )
+        return merged(cold, self.warm, labels)
+
+    def engine(self, labels: int | Sequence[str], task: Any = None) -> FactorEngine:
+        """Return the factor engine of the space's start.
+
+        Args:
+            labels: the dataset's labels; a number will do for a cold start.
+            task: the task, where it is at hand; None: made of the labels.
+
+        Returns:
+            The engine.
+        """
+        names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
+        return FactorEngine(self.start(names), self.space, (task or self.task(names)).losses, self.device)
+
+
+def _parts(settings: Settings, form: str | None) -> tuple[base_models.BaseModel, dict[str, Any]]:
+    """The base model and the fields of the space that come from it."""
+    assert settings.model is None or isinstance(settings.model, str)
+    _refuse_own(settings.model)
+    model = base_models.find_model(settings.model)
+    task = settings.kind.name
+    # Two labels are enough to find the matrices: they do not depend on the head.
+    module = _module(model, task, 2, settings.seed or 0)
+    if task == images.NAME:
+        template, length = _pixels(model).template, 0
+    else:
+        template = _template(task, settings.template, form)
+        length = _max_length(settings.max_length, model, _tokenizer(model).model_max_length, task)
+    return model, {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "tokenizer_fingerprint": _reader_print(model, task),
+        "task": task,
+        "template": template,
+        "max_length": length,
+        "matrices": targets.find_matrices(module, settings.targets, settings.layers),
+    }
+
+
+def _refuse_own(name: str | None) -> None:
+    if name is not None and name.startswith(OWN):
+        raise UsageError(
+            f"this space was made with the module {name.removeprefix(OWN)!r} of the user's own, which only Python can "
+            "give: repmatch.Curator(store, settings=repmatch.Settings(model=OwnModel(module, task)))."
+        )
+
+
+def _own_parts(settings: Settings) -> tuple[OwnModel, dict[str, Any]]:
+    own = settings.own
+    assert own is not None
+    return own, {
+        "model": OWN + own.name,
+        "model_fingerprint": own.fingerprint,
+        "tokenizer_fingerprint": own.task_fingerprint,
+        "task": own.task.name,
+        "template": own.task.template,
+        "max_length": settings.max_length or 0,
+        "matrices": targets.find_matrices(own.module, settings.targets, settings.layers),
+    }
+
+
+def _template(task: str, asked: str | None, form: str | None) -> str:
+    if task == causal.NAME:
+        chat = form == "messages" if asked is None else asked == "chat"
+        if form == "messages" and not chat:
+            raise UsageError("--template plain goes with a prompt and a completion; messages need the chat template.")
+        return causal.CHAT if chat else causal.PLAIN
+    if asked is not None:
+        raise UsageError(f"--template goes with --task {causal.NAME}, not with {task}.")
+    return masked.TEMPLATE if task == masked.NAME else classification.TEMPLATE
+
+
+def _reader_print(model: base_models.BaseModel, task: str) -> str:
+    """Fingerprint of what reads the rows: the tokenizer (and its chat template), or how pixels are read."""
+    if task == images.NAME:
+        return digest(_pixels(model).template, size=32)
+    tokenizer = _tokenizer(model)
+    found = base_models.tokenizer_fingerprint(tokenizer)
+    if task == causal.NAME and tokenizer.chat_template:
+        return digest([found, tokenizer.chat_template], size=32)
+    return found
 
 
 def limit_threads() -> None:
@@ -156,15 +303,15 @@ def default_batch_tokens(device: str) -> int:
     return CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
 
 
-def _max_length(asked: int | None, model: base_models.BaseModel, tokenizer_limit: int) -> int:
+def _max_length(asked: int | None, model: base_models.BaseModel, tokenizer_limit: int, task: str) -> int:
     limit = tokenizer_limit
-    positions = model.config.get("max_position_embeddings")
+    positions = model.config.get("max_position_embeddings") or model.config.get("n_positions")
     if positions:
         # RoBERTa and its kin number positions from the padding id on, so the first ones are never used.
         offset = int(model.config.get("pad_token_id") or 0) + 1 if "roberta" in model.config["model_type"] else 0
         limit = min(limit, int(positions) - offset)
     if asked is None:
-        return min(DEFAULT_MAX_LENGTH, limit)
+        return min(DEFAULT_MAX_LENGTHS.get(task, DEFAULT_MAX_LENGTH), limit)
     if not 3 <= asked <= limit:
         raise UsageError(f"--max-length {asked} is out of range; {model.name} reads 3 to {limit} tokens.")
     return asked
@@ -176,5 +323,16 @@ def _tokenizer(model: base_models.BaseModel) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=2)
-def _classifier(model: base_models.BaseModel, labels: int, seed: int) -> nn.Module:
-    return base_models.load_classifier(model, labels, seed)
+def _module(model: base_models.BaseModel, task: str, labels: int, seed: int) -> nn.Module:
+    module: Any = base_models.load_module(model, task, labels, seed)
+    if task != images.NAME and getattr(module.config, "pad_token_id", None) is None:
+        module.config.pad_token_id = _tokenizer(model).pad_token_id  # a decoder's head reads the last token before it
+    made: nn.Module = module
+    return made
+
+
+@lru_cache(maxsize=4)
+def _pixels(model: base_models.BaseModel) -> images.Pixels:
+    path = model.folder / "preprocessor_config.json"
+    processor = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return images.Pixels.of_model(model.config, processor)

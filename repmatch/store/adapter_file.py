@@ -20,16 +20,20 @@ def adapter_bytes(adapter: Adapter) -> bytes:
         adapter: the adapter.
 
     Returns:
-        A and B as `A/NAME` and `B/NAME`; everything else as JSON under `repmatch` in the metadata.
+        A and B as `A/NAME` and `B/NAME`, parameters trained in full as `full/NAME`; everything else as JSON under
+        `repmatch` in the metadata.
     """
     import numpy as np
     from safetensors.numpy import save
 
     tensors = {f"A/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.a.items()}
     tensors |= {f"B/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.b.items()}
+    tensors |= {f"full/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.full.items()}
     about = {name: getattr(adapter, name) for name in ("id", "space_id", "subset", "members")}
     about |= {"recipe": dict(adapter.recipe), "record": dict(adapter.record)}
     order = {"a": list(adapter.a), "b": list(adapter.b)}
+    if adapter.full:
+        order["full"] = list(adapter.full)
     data: bytes = save(tensors, metadata={"repmatch": json.dumps({**about, "order": order})})
     return data
 
@@ -57,7 +61,8 @@ def parse_adapter(data: bytes, path: Path) -> Adapter:
         order = about.pop("order")
         a = {name: tensors[f"A/{name}"] for name in order["a"]}
         b = {name: tensors[f"B/{name}"] for name in order["b"]}
-        return Adapter(**about, a=a, b=b)
+        full = {name: tensors[f"full/{name}"] for name in order.get("full", ())}
+        return Adapter(**about, a=a, b=b, full=full)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreCorruptError(f"{path} is not the file of an adapter ({error}). Restore it from a backup.") from error
 

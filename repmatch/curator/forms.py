@@ -1,0 +1,210 @@
+"""What the rows of each task hold: which columns are read, and what of them the factors depend on.
+
+Nothing here needs torch: rows are read and checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repmatch.curator.records import RowProblem, shown
+from repmatch.errors import MissingExtraError, UnknownNameError
+
+DEFAULT_TASK = "sequence-classification"
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A built-in task, as far as its rows go.
+
+    Attributes:
+        name: the task's name.
+        form: what its columns hold: "classes" (text, maybe a second text, one of some labels), "numbers" (a number as
+            the label), "texts" (the label is optional), "completion" (prompt and completion), "messages" (a
+            conversation) or "images" (the path of an image file, and a label).
+        text_field: default column with the text.
+        pair_field: default column with the second text; None: none.
+        about: one line for the help.
+    """
+
+    name: str
+    form: str
+    text_field: str
+    pair_field: str | None
+    about: str
+
+
+TASKS: dict[str, TaskKind] = {
+    kind.name: kind
+    for kind in (
+        TaskKind(DEFAULT_TASK, "classes", "text", "text_pair", "texts or pairs of texts with one of some labels"),
+        TaskKind("text-regression", "numbers", "text", "text_pair", "texts or pairs of texts with a number as label"),
+        TaskKind("causal-lm", "completion", "prompt", "completion", "prompt and completion, or chat messages"),
+        TaskKind("masked-lm", "texts", "text", "text_pair", "texts without labels"),
+        TaskKind("image-classification", "images", "image", None, "image files with one of some labels"),
+    )
+}
+# Forms whose labels are a fixed list, a label a row of the head.
+CLASSED = frozenset(["classes", "images"])
+
+
+def task_kind(name: str | None) -> TaskKind:
+    """Return a built-in task.
+
+    Args:
+        name: its name; None: sequence classification.
+
+    Returns:
+        The task.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    name = name or DEFAULT_TASK
+    if name not in TASKS:
+        raise UnknownNameError.of("task", name, TASKS)
+    return TASKS[name]
+
+
+def conversation(value: Any, column: str) -> list[dict[str, str]]:
+    """Check the messages of a conversation.
+
+    Args:
+        value: what the column holds.
+        column: its name.
+
+    Returns:
+        The messages.
+
+    Raises:
+        RowProblem: it is no list of at least two messages whose last one is the assistant's.
+    """
+    if not isinstance(value, list) or len(value) < 2:
+        raise RowProblem(
+            f"column {column!r} holds {shown(value)}; expected a list of two or more messages, each an object with "
+            "role and content. Fix the row, or name another column with --text-field."
+        )
+    for message in value:
+        good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not good:
+            raise RowProblem(
+                f"column {column!r} holds the message {shown(message)}; expected an object whose role and content are "
+                "text. Fix the row."
+            )
+    last = value[-1]
+    if last["role"] != "assistant" or not last["content"].strip():
+        raise RowProblem(
+            f"the last message in column {column!r} is {shown(last['content'])} by {last['role']!r}; expected an "
+            "answer of the assistant, which is what is learned. Fix the row."
+        )
+    return value
+
+
+def dialogue(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return messages as readable text.
+
+    Args:
+        messages: with role and content.
+
+    Returns:
+        The content of a single user message, else "role: content" a line.
+    """
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"] or "(empty)"
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def number_text(value: Any, column: str) -> str:
+    """Return the text form of a number that is the label.
+
+    Args:
+        value: what the column holds.
+        column: its name.
+
+    Returns:
+        The number as JSON writes it.
+
+    Raises:
+        RowProblem: it is no finite number.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = float(value)
+        except ValueError:
+            found = None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise RowProblem(
+            f"the label in column {column!r} is {shown(value)}; expected a finite number. Fix the row, or name another "
+            "column with --label-field."
+        )
+    return json.dumps(found)
+
+
+def optional_label(value: Any) -> str:
+    """Return a label that the task does not read, for display and for balanced selection.
+
+    Args:
+        value: what the column holds, or None.
+
+    Returns:
+        Its text; "" where it is no text, number or boolean.
+    """
+    if isinstance(value, str):
+        return value[:1000]
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    return ""
+
+
+def image_path(text: str, source: str) -> Path:
+    """Return where an image lies.
+
+    Args:
+        text: the path in the row.
+        source: the file the row came from; a relative path is relative to its folder.
+
+    Returns:
+        The path.
+    """
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else Path(source).expanduser().absolute().parent / path
+
+
+def image_digest(text: str, source: str, column: str) -> str:
+    """Check that an image can be read, and hash its file.
+
+    Args:
+        text: the path in the row.
+        source: the file the row came from.
+        column: the column's name.
+
+    Returns:
+        BLAKE2b digest of the file's bytes.
+
+    Raises:
+        RowProblem: there is no such file, or it is no image.
+        MissingExtraError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise MissingExtraError("reading images", "images") from None
+    path = image_path(text, source)
+    try:
+        with Image.open(path) as image:
+            image.load()
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RowProblem(
+            f"the image {str(path)!r} of column {column!r} cannot be read ({reason}); expected the path of an image "
+            "file, relative paths from the rows' folder. Fix the row or the file."
+        ) from None

@@ -1,0 +1,133 @@
+"""How LoRA sits on each kind of layer: linear, transformers' Conv1D, and two-dimensional convolution.
+
+Every kind comes down to the same picture: an instance has some positions (tokens, or places of a convolution's output);
+at each the layer maps a vector of d_in numbers to one of d_out, and LoRA adds (alpha / r) · B · A to that map. For a
+convolution the vector is the patch under the kernel, so d_in is channels · height · width of the kernel, which is also
+how peft does it: A is a convolution of r channels, B a 1 x 1 convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repmatch.datamodels import Matrix
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether a layer's weight can be adapted.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        True for linear layers (quantised ones too), transformers' Conv1D, and convolutions in two dimensions with one
+        group, no dilation and zero padding.
+    """
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return plain and set(layer.dilation) == {1}
+    return isinstance(layer, nn.Linear) or _is_conv1d(layer)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def matrix_of(name: str, layer: Any) -> Matrix:
+    """Return the matrix that a layer's weight is.
+
+    Args:
+        name: the layer's name.
+        layer: an adaptable layer.
+
+    Returns:
+        Its name, d_out and d_in.
+    """
+    if isinstance(layer, nn.Conv2d):
+        kernel = layer.kernel_size
+        return Matrix(name, layer.out_channels, layer.in_channels * kernel[0] * kernel[1])
+    if _is_conv1d(layer):
+        return Matrix(name, int(layer.nf), int(layer.weight.shape[0]))
+    return Matrix(name, layer.out_features, layer.in_features)
+
+
+def project(layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+    """Compute A x at every position, one A for all instances.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        a: (r, d_in).
+
+    Returns:
+        (n, positions, r), or (N, ..., r) with N a multiple of the instances, as the input has it.
+    """
+    if isinstance(layer, nn.Conv2d):
+        kernel = a.reshape(len(a), layer.in_channels, *layer.kernel_size)
+        found: Tensor = functional.conv2d(x, kernel, None, layer.stride, layer.padding)
+        return found.flatten(2).transpose(1, 2)
+    return x @ a.T
+
+
+def positions(layer: nn.Module, y: Tensor, count: int) -> Tensor:
+    """Bring an output, or a gradient of it, into the order instance, position, number.
+
+    Args:
+        layer: the layer.
+        y: like the layer's output.
+        count: instances; the output's first dimension is this or a multiple of it (flattened tokens, windows).
+
+    Returns:
+        (count, positions, d_out).
+    """
+    if isinstance(layer, nn.Conv2d):
+        y = y.flatten(2).transpose(1, 2)
+    return y.reshape(count, -1, y.shape[-1])
+
+
+def patches(layer: nn.Module, x: Tensor, count: int) -> Tensor:
+    """Bring an input into the order instance, position, number.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        count: instances.
+
+    Returns:
+        (count, positions, d_in); for a convolution each position's patch.
+    """
+    if isinstance(layer, nn.Conv2d):
+        padding: Any = layer.padding
+        x = functional.unfold(x, layer.kernel_size, padding=padding, stride=layer.stride).transpose(1, 2)
+    return x.reshape(count, -1, x.shape[-1])
+
+
+def like_output(layer: nn.Module, y: Tensor, output: Tensor) -> Tensor:
+    """Bring (count, positions, d_out) back into the shape of the layer's output.
+
+    Args:
+        layer: the layer.
+        y: what `positions` returned, or something of its shape.
+        output: the layer's output.
+
+    Returns:
+        Like `output`.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return y.reshape(len(output), -1, y.shape[-1]).transpose(1, 2).reshape(output.shape)
+    return y.reshape(output.shape)
+
+
+def add_to_weight(layer: Any, delta: Tensor) -> None:
+    """Add a matrix to a layer's weight, on this layer alone: a weight that another module shares stays as it was there.
+
+    Args:
+        layer: an adaptable layer that is not quantised.
+        delta: (d_out, d_in).
+    """
+    weight = layer.weight
+    shaped = delta.T if _is_conv1d(layer) else delta.reshape(weight.shape)
+    layer.weight = nn.Parameter((weight.detach() + shaped.to(weight)).contiguous(), requires_grad=False)

@@ -1,0 +1,195 @@
+"""Causal language models: a prompt and its completion, or a conversation; the loss is on the completion only."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repmatch.curator.tasks.task import Example, pad
+from repmatch.datamodels import Row
+from repmatch.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAME = "causal-lm"
+PLAIN = "prompt+completion+eos"
+CHAT = "chat"
+IGNORED = -100
+
+
+class CausalLanguage:
+    """Prompt and completion as one sequence; the loss is the mean cross entropy of the completion's tokens.
+
+    Plainly, a prompt and its completion are tokenized apart and joined, and the end-of-text token closes the
+    completion. By the chat template, the conversation is rendered as the tokenizer says; its completion is what the
+    last message adds to the prompt for it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: `PLAIN` or `CHAT`.
+        max_length: tokens kept: the start of the prompt goes first, then the end of the completion.
+        messages_field: column with the conversation, None where rows have prompt and completion.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, messages_field: str | None = None
+    ) -> None:
+        if template == CHAT and not tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer of this model has no chat template; expected one for chat messages. Give rows a prompt "
+                "and a completion, or use a model that was made for chat."
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self._field = messages_field
+        self._short: bool | None = None
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Tokenize rows.
+
+        Args:
+            rows: rows with a prompt as text and a completion as second text.
+
+        Returns:
+            One example a row, in order; "input_ids", and under "prompt" the number of tokens before the completion.
+        """
+        if self.template == CHAT:
+            pairs = [self._rendered(row) for row in rows]
+        else:
+            pairs = [(row.text, row.text_pair or "") for row in rows]
+        prompts = self._ids([prompt for prompt, _ in pairs], special=self.template != CHAT)
+        completions = self._ids([completion for _, completion in pairs], special=False)
+        eos = self.tokenizer.eos_token_id
+        examples = []
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+            if self.template != CHAT and eos is not None:
+                prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
+                completion = [*completion, eos]
+            if not completion or not prompt:
+                raise InputError(
+                    f"{row.source}, line {row.line}: the {'completion' if prompt else 'prompt'} of {row.id!r} has no "
+                    "tokens; expected one or more. Fix the row, or use another model."
+                )
+            before = len(prompt) + len(completion)
+            completion = completion[: self.max_length - 1]
+            prompt = prompt[-max(1, self.max_length - len(completion)) :]
+            ids = prompt + completion
+            examples.append(Example({"input_ids": ids, "prompt": len(prompt)}, None, len(ids) < before))
+        return examples
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = self.tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
+    def _rendered(self, row: Row) -> tuple[str, str]:
+        messages = self._messages(row)
+        tokenizer: Any = self.tokenizer
+        try:
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's makers and raises what it likes
+            raise InputError(
+                f"{row.source}, line {row.line}: the model's chat template refuses the conversation {row.id!r} "
+                f"({type(error).__name__}: {error}). Fix the row, or use another model."
+            ) from error
+        if not whole.startswith(prompt):
+            raise ModelError(
+                f"the model's chat template renders the conversation {row.id!r} differently once its answer is there, "
+                "so the answer cannot be told from the prompt. Give rows a prompt and a completion instead."
+            )
+        return prompt, whole[len(prompt) :]
+
+    def _messages(self, row: Row) -> list[dict[str, str]]:
+        value = json.loads(row.json).get(self._field) if self._field is not None else None
+        if isinstance(value, list):
+            return [{"role": m["role"], "content": m["content"]} for m in value]
+        return [{"role": "user", "content": row.text}, {"role": "assistant", "content": row.text_pair or ""}]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Pad examples to one batch, on the right.
+
+        Args:
+            examples: at least one.
+
+        Returns:
+            "input_ids", "attention_mask" and "labels" (n, longest) int64; a label is `IGNORED` outside completions.
+        """
+        ids = [list(example.features["input_ids"]) for example in examples]
+        cut = [int(example.features["prompt"]) for example in examples]
+        return {
+            "input_ids": pad(ids, int(self.tokenizer.pad_token_id or 0)),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "labels": pad([[IGNORED] * p + row[p:] for row, p in zip(ids, cut, strict=True)], IGNORED),
+        }
+
+    def losses(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Compute the mean cross entropy of each instance's completion.
+
+        The vocabulary's logits are made at the completion's positions only, where the model allows it: that is tried
+        on the first batch and given up where it does not equal the model's own logits.
+
+        Args:
+            module: a causal language model of transformers.
+            inputs: from `collate`.
+
+        Returns:
+            (n,) float32 losses.
+        """
+        if hasattr(module, "get_base_model"):  # peft's wrapper; its layers sit in the model itself
+            module = module.get_base_model()
+        targets = inputs["labels"][:, 1:]
+        keep = targets != IGNORED
+        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        if self._short is None:
+            self._short = _short_is_right(module, given, keep)
+        if self._short:
+            logits = _short_logits(module, given, keep)
+        else:
+            logits = module(**given, use_cache=False).logits[:, :-1][keep]
+        return mean_over_instances(functional.cross_entropy(logits.float(), targets[keep], reduction="none"), keep)
+
+
+def mean_over_instances(values: Tensor, keep: Tensor) -> Tensor:
+    """Average the values of each instance's positions.
+
+    Args:
+        values: one number a position that is kept, in row order.
+        keep: (n, t) bool.
+
+    Returns:
+        (n,) means; 0 for an instance without a position.
+    """
+    rows = keep.nonzero()[:, 0]
+    total = torch.zeros(len(keep), dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    return total / keep.sum(dim=1).clamp_min(1)
+
+
+def _short_logits(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    hidden = module.base_model(**given, use_cache=False)[0][:, :-1]
+    logits: Tensor = module.get_output_embeddings()(hidden[keep])
+    return logits
+
+
+def _short_is_right(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> bool:
+    """Whether the logits of a few positions can be had without those of all others."""
+    few = {name: value[:1] for name, value in given.items()}
+    with torch.no_grad():
+        try:
+            short = _short_logits(module, few, keep[:1])
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+            return False
+        full = module(**few, use_cache=False).logits[:, :-1][keep[:1]]
+    return short.shape == full.shape and torch.allclose(short.float(), full.float(), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,259 @@
+"""Warm start: a short training of head and adapters on a few random instances, merged into the base model.
+
+With a random head an instance's gradient depends on its label and the head's random rows first of all. A start that has
+seen a little of the task makes the gradients speak of the text. Once the trained factors are merged into the base, B is
+zero again and the first step keeps its closed form. The trained values are part of the space's identity.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import heapq
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from repmatch.curator import layers, start
+from repmatch.curator.stack import AdapterStack
+from repmatch.datamodels import Adapter, Row, digest
+from repmatch.errors import ModelError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from repmatch.curator.workbench import Workbench
+    from repmatch.store import Store
+
+RANK = 8
+ALPHA = 16.0
+RATE = 1e-3
+PASSES = 5
+BATCH = 16
+STEPS = (10, 500)
+# Tasks whose head is drawn at random, so that it has to be trained before its gradients mean much.
+_HEADED = frozenset(["sequence-classification", "text-regression", "image-classification"])
+
+
+def sample_size(asked: str, total: int) -> int | None:
+    """Read how many instances a warm start is trained on.
+
+    Args:
+        asked: "160" or "5%".
+        total: instances there are.
+
+    Returns:
+        The number, at most `total`; None where `asked` is neither a number nor a share.
+
+    Raises:
+        UsageError: the number or share is out of range.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", asked.strip())
+    if match is None:
+        return None
+    value = float(match[1])
+    share = bool(match[2])
+    if (share and not 0 < value <= 100) or (not share and (value < 2 or value != int(value))):
+        raise UsageError(
+            f"--warm-start {asked!r} is out of range; expected a number of instances from 2 on, a share such as 5%, "
+            "the name of a dataset that was warm-started, or none."
+        )
+    return min(total, max(2, math.ceil(value / 100 * total)) if share else int(value))
+
+
+def sample(chunks: Iterable[Sequence[Row]], count: int, seed: int) -> list[Row]:
+    """Draw rows at random, whatever their order.
+
+    Args:
+        chunks: rows.
+        count: how many.
+        seed: of the draw.
+
+    Returns:
+        The rows whose digests with the seed are smallest, in that order.
+    """
+
+    def key(row: Row) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{seed}\0{row.task_hash}\0{row.id}".encode(), digest_size=16).digest(), row.id
+
+    return heapq.nsmallest(count, (row for chunk in chunks for row in chunk), key=key)
+
+
+def train(
+    bench: Workbench,
+    labels: Sequence[str],
+    rows: Sequence[Row],
+    *,
+    asked: str = "",
+    task: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Adapter:
+    """Train a warm start: fresh adapters of rank 8, and the head where it was drawn at random.
+
+    Args:
+        bench: the cold workbench.
+        labels: the dataset's labels.
+        rows: what to train on.
+        asked: how the user asked for it.
+        task: the task, where it is at hand; None: made of the labels.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        The adapter: its factors, and the head's parameters under `full`.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    from repmatch.curator.training import Recipe, batches
+
+    task = task or bench.task(labels)
+    examples = task.encode(rows)
+    steps = min(max(STEPS[0], math.ceil(PASSES * len(rows) / BATCH)), STEPS[1])
+    epochs = math.ceil(steps / math.ceil(len(rows) / BATCH))
+    recipe = Recipe(RATE, 0.01, epochs, BATCH, steps, bench.space.seed)
+    space = replace(bench.space, rank=RANK, alpha=ALPHA)
+    seed = int(start.generator(space.seed, "warm-start").integers(2**31))
+    module = shared_copy(bench.module(len(labels)))
+    head = _own_head(module) if space.task in _HEADED else {}
+    stack = AdapterStack(module, space, [seed], torch.device(bench.device))
+    optimizer = torch.optim.AdamW([*stack.parameters, *head.values()], lr=RATE, weight_decay=0.01)
+    losses: list[float] = []
+    with torch.enable_grad(), stack.attached():
+        for at in batches(examples, recipe):
+            inputs = {k: v.to(bench.device) for k, v in task.collate([examples[i] for i in at]).items()}
+            loss = task.losses(module, inputs).mean()
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise ModelError(
+                    f"the warm start diverged at step {len(losses)} (loss {losses[-1]}); leave --warm-start out, or "
+                    "look for rows the model cannot learn from."
+                )
+            if progress is not None:
+                progress(len(losses), steps)
+    a, b = stack.arrays(0)
+    full = {name: value.detach().float().cpu().numpy().copy() for name, value in head.items()}
+    about = {**recipe.as_json(), "kind": "warm-start", "asked": asked, "instances": len(rows), "labels": list(labels)}
+    about |= {"rank": RANK, "alpha": ALPHA, "a_seed": seed}
+    members = digest([[row.id, row.task_hash] for row in rows])
+    tail = max(1, len(losses) // 10)
+    record = {
+        "instances": len(rows),
+        "steps": len(losses),
+        "first_loss": float(np.mean(losses[:tail])),
+        "last_loss": float(np.mean(losses[-tail:])),
+        "losses": [round(value, 6) for value in losses],
+    }
+    identity = {"space": bench.space.id, "members": members, "recipe": about, "values": _values(a, b, full)}
+    return Adapter(digest(identity), bench.space.id, "warm start", members, about, record, a, b, full)
+
+
+def _values(*held: Mapping[str, NDArray[np.float32]]) -> str:
+    total = hashlib.sha256()
+    for arrays in held:
+        for name in sorted(arrays):
+            total.update(f"{name}{arrays[name].shape}".encode())
+            total.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return total.hexdigest()
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Copy a module whose parameters and buffers stay shared with the original.
+
+    Args:
+        module: the module.
+
+    Returns:
+        A module of its own; replace its parameters, don't change them in place.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, memo)
+
+
+def _own_head(module: nn.Module) -> dict[str, Tensor]:
+    """Give a classifier a head of its own that can be trained."""
+    prefix = f"{module.base_model_prefix}."
+    head: dict[str, Tensor] = {}
+    for name, parameter in list(module.named_parameters()):
+        if not name.startswith(prefix):
+            head[name] = _replace(module, name, parameter.detach().clone(), trained=True)
+    return head
+
+
+def _replace(module: nn.Module, name: str, value: Tensor, *, trained: bool = False) -> nn.Parameter:
+    owner, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=trained)
+    setattr(module.get_submodule(owner), leaf, parameter)
+    return parameter
+
+
+def merged(cold: nn.Module, warm: Adapter, labels: Sequence[str]) -> nn.Module:
+    """Return a model with a warm start merged into it.
+
+    A label that the warm start was trained with keeps its row of the head, whatever its index here; other labels have
+    the row of the cold start.
+
+    Args:
+        cold: the frozen base model with a head for `labels`.
+        warm: from `train`.
+        labels: the dataset's labels.
+
+    Returns:
+        A frozen model of its own that shares everything unchanged with `cold`.
+
+    Raises:
+        StoreError: the adapter is no warm start of this model.
+    """
+    if warm.recipe.get("kind") != "warm-start":
+        raise StoreError(f"the adapter {warm.id} is no warm start; restore the store, or ingest into a new dataset.")
+    module = shared_copy(cold)
+    modules = dict(module.named_modules())
+    device = next(module.parameters()).device
+    scaling = float(warm.recipe["alpha"]) / int(warm.recipe["rank"])
+    known = list(warm.recipe["labels"])
+    with torch.no_grad():
+        for name, b in warm.b.items():
+            if name not in modules:
+                raise StoreError(f"the warm start {warm.id} adapts {name!r}, which the model does not have.")
+            delta = scaling * torch.from_numpy(b).to(device) @ torch.from_numpy(warm.a[name]).to(device)
+            layers.add_to_weight(modules[name], delta)
+        for name, value in warm.full.items():
+            held = module.get_parameter(name).detach().clone()
+            trained = torch.from_numpy(value).to(held)
+            if held.shape == trained.shape and (list(labels) == known or held.shape[0] != len(labels)):
+                held = trained
+            else:
+                for at, label in enumerate(labels):
+                    if label in known:
+                        held[at] = trained[known.index(label)]
+            _replace(module, name, held)
+    return module.eval().requires_grad_(False)
+
+
+def warm_adapter(store: Store, adapter_id: str) -> Adapter:
+    """Return a stored warm start.
+
+    Args:
+        store: the store.
+        adapter_id: its id.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        StoreError: the store does not have it.
+    """
+    found = store.adapter(adapter_id)
+    if found is None:
+        raise StoreError(
+            f"the space starts from the adapter {adapter_id}, which the store does not hold; restore it from a backup, "
+            "or ingest into a new dataset."
+        )
+    return found

@@ -1,0 +1,298 @@
+"""Windows: the unit of commit. Rows are tokenised, computed and stored window by window, overlapping where it pays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.datamodels import BadRow, Dataset, FactorBatch, Layout, Row
+from repmatch.errors import ModelError
+
+if TYPE_CHECKING:
+    from repmatch.curator.engine import BatchFactors, FactorEngine
+    from repmatch.curator.tasks import Example, Task
+    from repmatch.curator.workbench import Workbench
+    from repmatch.store import Stage, Store
+
+logger = logging.getLogger(__name__)
+
+# A window is the unit of commit: rows are sorted by length within it and committed together. It is sized in work, not
+# in seconds, so that a run that was killed goes on with the very batches an uninterrupted run would have computed.
+_WINDOW_FLOP = {"cpu": 1e12}
+_WINDOW_FLOP_GPU = 5e13
+_WINDOW_ROWS = (64, 4096)
+# Instances on which the cost of sign codes is measured, from the first window.
+_SIGN_SAMPLE = 256
+
+Progress = Callable[[str, int, int | None], None]
+
+
+class Work:
+    """One ingest's factors: from staged rows to stored ones.
+
+    Attributes:
+        detail: what was measured on the way.
+
+    Args:
+        store: the store, writable.
+        stage: the rows.
+        bench: the workbench.
+        dataset: the dataset's record.
+        total: rows to compute.
+        tell: called with (stage, done, total or None).
+    """
+
+    def __init__(
+        self, store: Store, stage: Stage, bench: Workbench, dataset: Dataset, total: int, tell: Progress
+    ) -> None:
+        self.detail: dict[str, Any] = {}
+        self._store = store
+        self._stage = stage
+        self._bench = bench
+        self._dataset = dataset
+        self._total = total
+        self._tell = tell
+
+    def compute(self) -> tuple[int, int, list[BadRow]]:
+        """Compute and store every factor that is missing.
+
+        Returns:
+            Factors stored, instances among them that were cut, and the rows without a finite factor.
+        """
+        if self._total == 0:
+            return 0, 0, []
+        from repmatch.curator.overlap import ahead, behind
+
+        bench, dataset = self._bench, self._dataset
+        self._tell("factors", 0, self._total)
+        task = bench.task(dataset.labels, dataset.fields)
+        engine = bench.engine(dataset.labels, task)
+        batches = Batches(engine, task, bench.batch_tokens)
+        overlapping = engine.device.type == "cuda"
+        stream = windows(self._stage.todo(), task, window_tokens(bench, engine))
+        done = truncated = 0
+        lost: list[BadRow] = []
+        with behind(self._keep, overlapping) as keep:
+            for rows, examples in ahead(stream, overlapping):
+                if not self.detail:
+                    self._look(batches, examples)
+                batch, bad = batches.factors(rows, examples, tick=partial(self._within, done))
+                if "sign_error" not in self.detail and dataset.encoding == "sign":
+                    self.detail["sign_error"] = sign_error(batch.values[:_SIGN_SAMPLE], engine.layout)
+                if batch.rows:
+                    keep(batch)
+                lost += bad
+                truncated += int(batch.truncated.sum())
+                done += len(rows)
+                self._tick(done)
+        return done - len(lost), truncated, lost
+
+    def _keep(self, batch: FactorBatch) -> None:
+        self._store.append(self._dataset.name, self._bench.space.id, self._dataset.encoding, batch)
+
+    def _within(self, before: int, done: int) -> None:
+        self._tick(before + done)
+
+    def _tick(self, done: int) -> None:
+        self._tell("factors", done, self._total)
+
+    def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
+        """Check a user's own module on the first rows, and choose the precision on them."""
+        from repmatch.curator import precision
+        from repmatch.curator.tasks import OwnModel
+
+        few = batches.task.collate(list(examples[:32]))
+        if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
+            batches.engine.check_apart(few)
+        chosen, agreement = precision.choose(batches.engine, few)
+        self.detail |= {"device": self._bench.device, "precision": chosen}
+        if agreement:
+            self.detail["agreement_with_float32"] = agreement
+
+
+def sign_error(values: NDArray[np.float32], layout: Layout) -> dict[str, float]:
+    """Measure what sign codes lose: the squared cosine of each matrix' exact direction with its signs.
+
+    Args:
+        values: (n, layout.width) float32, rank 1.
+        layout: how they lie.
+
+    Returns:
+        Instances measured, and the mean, first percentile and minimum over instances and matrices.
+    """
+    cosines = []
+    for lo, hi in zip(layout.offsets, layout.offsets[1:], strict=False):
+        block = values[:, lo:hi].astype(np.float64)
+        there = np.linalg.norm(block, axis=1) > 0
+        cosines.append(np.abs(block[there]).sum(axis=1) ** 2 / (hi - lo))
+    found = np.concatenate(cosines)
+    if not len(found):
+        return {"instances": len(values), "mean": 1.0, "first_percentile": 1.0, "minimum": 1.0}
+    return {
+        "instances": len(values),
+        "mean": round(float(found.mean()), 6),
+        "first_percentile": round(float(np.percentile(found, 1)), 6),
+        "minimum": round(float(found.min()), 6),
+    }
+
+
+class Batches:
+    """Cuts windows into batches that fit, and computes them.
+
+    Args:
+        engine: the factor engine.
+        task: collates examples.
+        limit: padded tokens a batch may hold; it falls when memory runs out.
+    """
+
+    def __init__(self, engine: FactorEngine, task: Task, limit: int) -> None:
+        self.engine = engine
+        self.task = task
+        self.limit = limit
+
+    def factors(
+        self, rows: Sequence[Row], examples: Sequence[Example], *, tick: Callable[[int], None] | None = None
+    ) -> tuple[FactorBatch, list[BadRow]]:
+        """Compute the factors of a window, batch by batch of similar length.
+
+        Args:
+            rows: the window's rows.
+            examples: the same rows, made ready.
+            tick: called with the rows done so far, batch by batch.
+
+        Returns:
+            The factors of the rows whose loss and gradient are finite, in the rows' order, and the others as bad rows.
+        """
+        layout, rank, n = self.engine.layout, self.engine.layout.rank, len(rows)
+        values = np.empty((n, layout.width), dtype=np.float32)
+        cores = np.empty((n, len(layout.dims), rank, rank), dtype=np.float32) if rank > 1 else None
+        norms = np.empty((n, len(layout.dims)), dtype=np.float32)
+        losses, done = np.empty(n, dtype=np.float32), 0
+        for at, part in self._parts(examples):
+            values[at], norms[at], losses[at] = part.values, part.norms, part.losses
+            if cores is not None and part.cores is not None:
+                cores[at] = part.cores
+            done += len(at)
+            if tick is not None:
+                tick(done)
+        finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
+        keep = np.flatnonzero(finite).tolist()
+        bad = [_not_finite(rows[i], losses[i], norms[i].max()) for i in np.flatnonzero(~finite).tolist()]
+        batch = FactorBatch(
+            rows=tuple(rows[i] for i in keep),
+            values=values[keep],
+            cores=None if cores is None else cores[keep],
+            norms=norms[keep],
+            losses=losses[keep],
+            tokens=np.asarray([examples[i].tokens for i in keep], dtype=np.int32),
+            truncated=np.asarray([examples[i].truncated for i in keep], dtype=np.bool_),
+        )
+        return batch, bad
+
+    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], BatchFactors]]:
+        from repmatch.curator.engine import batches_by_tokens
+        from repmatch.curator.precision import halving, is_out_of_memory
+
+        lengths = [example.tokens for example in examples]
+        for planned in batches_by_tokens(lengths, self.limit):
+            # Cut once more: the limit may have fallen since the window was planned.
+            for part in batches_by_tokens([lengths[i] for i in planned], self.limit):
+                at = [planned[i] for i in part]
+                try:
+                    found = halving(partial(self._compute, examples), at, self._free)
+                except (RuntimeError, MemoryError) as error:
+                    if is_out_of_memory(error):
+                        raise _too_long(max(lengths[i] for i in at), error) from error
+                    raise
+                if len(found) > 1:
+                    self.limit = max(max(lengths[i] for i in some) * len(some) for some, _ in found)
+                    logger.warning("out of memory: from here on batches hold %d tokens", self.limit)
+                yield from found
+
+    def _compute(self, examples: Sequence[Example], at: Sequence[int]) -> BatchFactors:
+        return self.engine.compute(self.task.collate([examples[i] for i in at]))
+
+    def _free(self) -> None:
+        import gc
+
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _not_finite(row: Row, loss: float, norm: float) -> BadRow:
+    return BadRow(
+        row.source,
+        row.line,
+        row.id,
+        f"the loss is {loss} and the gradient's norm {norm}; expected finite numbers. The model cannot learn from this "
+        "text: look at it, or use another model",
+    )
+
+
+def _too_long(tokens: int, error: BaseException) -> ModelError:
+    return ModelError(
+        f"one instance of {tokens} tokens alone does not fit into memory ({str(error).splitlines()[0][:200]}). Cut "
+        "instances with --max-length, adapt fewer matrices with --targets, or use a device with more memory."
+    )
+
+
+def factors_of(
+    engine: FactorEngine,
+    task: Task,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    batch_tokens: int,
+    *,
+    tick: Callable[[int], None] | None = None,
+) -> tuple[FactorBatch, list[BadRow]]:
+    """Compute the factors of a window; see `Batches.factors`."""
+    return Batches(engine, task, batch_tokens).factors(rows, examples, tick=tick)
+
+
+def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
+    """Return how many tokens a window holds: a fixed amount of work for the device, by the model's size.
+
+    Args:
+        bench: names the device.
+        engine: holds the model.
+
+    Returns:
+        Tokens, at least 1.
+    """
+    parameters = sum(p.numel() for n, p in engine.module.named_parameters() if "embed" not in n)
+    return max(1, int(_WINDOW_FLOP.get(bench.device, _WINDOW_FLOP_GPU) / (4 * parameters)))
+
+
+def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterator[tuple[list[Row], list[Example]]]:
+    """Cut a stream of rows into windows of about so many tokens.
+
+    Args:
+        chunks: rows in input order.
+        task: tokenises them.
+        tokens: a window ends with the row that reaches them.
+
+    Yields:
+        Rows and their examples, in input order.
+    """
+    rows: list[Row] = []
+    examples: list[Example] = []
+    count = 0
+    for chunk in chunks:
+        for row, example in zip(chunk, task.encode(chunk), strict=True):
+            rows.append(row)
+            examples.append(example)
+            count += example.tokens
+            full = count >= tokens and len(rows) >= _WINDOW_ROWS[0]
+            if full or len(rows) >= _WINDOW_ROWS[1]:
+                yield rows, examples
+                rows, examples, count = [], [], 0
+    if rows:
+        yield rows, examples
