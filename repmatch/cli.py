@@ -12,6 +12,7 @@ import click
 from repmatch import __version__
 from repmatch.commands.compare import compare
 from repmatch.commands.demo import demo
+from repmatch.commands.evaluate import evaluate
 from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
@@ -56,7 +57,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, suspects, export, info, demo):
+for command in (ingest, score, compare, nearest, select, suspects, evaluate, export, info, demo):
     cli.add_command(command)
 
 

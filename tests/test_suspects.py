@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import Run, toy_rows
 
+from repmatch.blocks import take
 from repmatch.curator.suspects import agreement
 from repmatch.datamodels import Factors, Layout, Matrix
 from repmatch.errors import UsageError
 from repmatch.similarity import score_instance
-from repmatch.blocks import take
 
 
 def factors(n: int, rank: int, seed: int = 0, *, zero: int | None = None) -> Factors:

@@ -22,8 +22,9 @@ from repmatch.output import shorten
 def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> None:
     """Find instances of DATASET whose gradients oppose all others': likely label errors and conflicts.
 
-    Agreement is the mean signed cosine of an instance's ΔW with those of all other instances; the worst come first, each
-    with the instance it conflicts with most. Factors from a cold start hardly see single labels: ingest with a warm one.
+    Agreement is the mean signed cosine of an instance's ΔW with those of all other instances; the worst come first,
+    each with the instance it conflicts with most. Factors from a cold start hardly see single labels: ingest with a
+    warm one.
     """
     from repmatch.curator.suspects import suspects as find
 

@@ -130,7 +130,7 @@ def _compare(curator: Curator, areas: Sequence[str], output: Output) -> None:
 
 
 def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
-    from repmatch.curator.evaluation import retrain
+    from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, retrain
     from repmatch.curator.workbench import Workbench
 
     _step(
@@ -147,20 +147,17 @@ def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
         output.line(f"certified: at least {certainty:.0%} of the best possible {PICKS}")
     bench = Workbench.of_space(curator.trainer.space_of(DATASET), curator.settings)
     labels = curator.store.dataset(DATASET).labels
-    rows = []
+    task, rows = bench.task(labels), []
+    held_out = task.encode(test)
     for name, chosen in (("facility location", core), ("random", chance)):
-        picked = list(curator.store.tasks(DATASET, ids=list(chosen.ids)))
-        result = retrain(
-            bench,
-            labels,
-            picked,
-            test,
-            seeds=_SEEDS,
-            steps=_STEPS,
-            progress=partial(output.progress, f"retraining on {name}"),
-        )
+        picked = task.encode(list(curator.store.tasks(DATASET, ids=list(chosen.ids))))
+        accuracies = []
+        for seed in _SEEDS:
+            show = partial(output.progress, f"retraining on {name}, seed {seed}")
+            (ended,) = retrain(bench, labels, [Job(picked, seed)], held_out, RetrainRecipe(steps=_STEPS), show)
+            accuracies.append(ended.accuracy)
         output.close()
-        rows.append((name, result.mean, *result.accuracies))
+        rows.append((name, sum(accuracies) / len(accuracies), *accuracies))
     output.table(["picked by", "accuracy", *(f"seed {seed}" for seed in _SEEDS)], rows)
     output.line(
         f"{len(test)} held-out docstrings, {len(labels)} areas, {_STEPS} steps each. Two seeds are an anecdote: "

@@ -171,8 +171,8 @@ class Pool:
         if self._kernel is None:
             if len(self.ids) > MOST_EMBEDDED:
                 raise SelectionError(
-                    f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more than "
-                    f"{MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
+                    f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more "
+                    f"than {MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
                 )
             rows = self.embed()
             self._kernel = np.maximum(rows @ rows.T, 0.0)

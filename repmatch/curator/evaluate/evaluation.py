@@ -11,7 +11,7 @@ import numpy as np
 
 from repmatch.curator.evaluate.candidates import ALWAYS, MOST_EMBEDDED, Candidate, Pool, imbalance, parse
 from repmatch.curator.evaluate.leaks import NEAR, Leak, find_leaks
-from repmatch.curator.evaluate.results import Evaluation, Line, Trial, summarise
+from repmatch.curator.evaluate.results import Evaluation, Trial, summarise
 from repmatch.curator.rows import FieldChoice, open_rows
 from repmatch.curator.selection import picks_of
 from repmatch.datamodels import BadRow, Row, digest
@@ -57,7 +57,9 @@ class EvaluateOptions:
             UsageError: a value is out of range.
         """
         if self.seeds < 1:
-            raise UsageError(f"--seeds {self.seeds} is out of range; expected 1 or more, 5 for an interval worth reading.")
+            raise UsageError(
+                f"--seeds {self.seeds} is out of range; expected 1 or more, 5 for an interval worth reading."
+            )
         if self.together is not None and self.together < 1:
             raise UsageError(f"together={self.together} is out of range; expected 1 or more.")
         if not self.sizes:
@@ -81,9 +83,7 @@ class Held:
     input_hash: str
 
 
-def evaluate(
-    curator: Curator, dataset: str, test: Sequence[str], options: EvaluateOptions | None = None
-) -> Evaluation:
+def evaluate(curator: Curator, dataset: str, test: Sequence[str], options: EvaluateOptions | None = None) -> Evaluation:
     """Train on every selection, test on held-out rows, and keep every run in the store.
 
     A training that the store has already, of the same rows, recipe, seed and test, is not repeated: an evaluation that
@@ -121,6 +121,15 @@ def evaluate(
         lines = summarise(trials, [c.text for c in candidates])
         run.detail["lines"] = [line.as_json() for line in lines]
     return Evaluation(dataset, tuple(lines), len(held.rows), held.leaks, held.bad, tuple(notes), maker.reused)
+
+
+def evaluate_with_steps(
+    curator: Curator, dataset: str, test: Sequence[str], options: EvaluateOptions, steps: int
+) -> Evaluation:
+    """Evaluate with the default recipe, but for the number of steps; see `evaluate`."""
+    from repmatch.curator.evaluate.retraining import RetrainRecipe
+
+    return evaluate(curator, dataset, test, replace(options, recipe=RetrainRecipe(steps=steps)))
 
 
 def _candidates(options: EvaluateOptions) -> list[Candidate]:
@@ -178,6 +187,11 @@ def _pool(curator: Curator, dataset: str) -> tuple[Pool, Workbench]:
 
     store = curator.store
     space = curator.trainer.space_of(dataset)
+    if space.task != "sequence-classification":
+        raise UsageError(
+            f"the dataset {dataset!r} was ingested for the task {space.task!r}; retraining curves are for "
+            "sequence-classification."
+        )
     bench = Workbench.of_space(space, curator.settings)
     frame = store.sql(
         "SELECT id, label, loss, tokens FROM instances "
@@ -375,6 +389,3 @@ class Maker:
 def _value(held: Any) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(held) if isinstance(held, str) else dict(held)
     return value
-
-
-__all__ = ["SEEDS", "SIZES", "EvaluateOptions", "Evaluation", "Line", "evaluate"]

@@ -131,6 +131,24 @@ class Evaluation:
             )
         return pl.DataFrame(records, schema_overrides={name: pl.Float64 for name in _FLOATS})
 
+    header = ("rows by", "size", "accuracy", "95 %", "against random", "95 %", "imbalance", "tokens")
+
+    def cells(self) -> list[tuple[object, ...]]:
+        """Return the table's rows, as `header` names their columns; accuracies in percent, differences in points."""
+        return [
+            (
+                line.candidate,
+                line.size,
+                f"{100 * line.accuracy.mean:.1f}",
+                _range(line.accuracy),
+                "" if line.against_random is None else f"{100 * line.against_random.mean:+.1f}",
+                "" if line.against_random is None else _range(line.against_random, signed=True),
+                f"{line.imbalance:.2f}",
+                round(line.tokens),
+            )
+            for line in self.lines
+        ]
+
     def verdict(self) -> list[str]:
         """Say in words what beats chance, what loses to it, and what cannot be told."""
         said = []
@@ -149,6 +167,13 @@ class Evaluation:
 
 
 _FLOATS = ("low", "high", "difference", "difference_low", "difference_high")
+
+
+def _range(found: Interval, *, signed: bool = False) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f}"
 
 
 def _clear(line: Line) -> int:

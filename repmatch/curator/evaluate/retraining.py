@@ -192,7 +192,9 @@ def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], jobs: int) -> NDArray[np.float32]:
+def _step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], jobs: int
+) -> NDArray[np.float32]:
     with torch.enable_grad():
         wanted = batch.pop("labels")
         logits = module(**batch).logits.float()
@@ -266,9 +268,7 @@ class HeadStack:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Let the heads answer in place of the model's own, and take them off again."""
-        handles = [
-            layer.register_forward_hook(partial(self._answer, name)) for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(partial(self._answer, name)) for name, layer in self.layers.items()]
         try:
             yield
         finally:

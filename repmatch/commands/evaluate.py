@@ -1,0 +1,85 @@
+"""The command `repmatch evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+
+
+@click.command()
+@click.argument("dataset")
+@click.option("--test", "tests", multiple=True, required=True, metavar="FILE", help="Held-out rows; may be repeated.")
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    metavar="S",
+    help="NAME, NAME+balance=FIELD or NAME+stratify=FIELD; may be repeated.  [default: facility-location]",
+)
+@click.option("--coreset", "coresets", multiple=True, metavar="NAME", help="A stored coreset; may be repeated.")
+@click.option("--sizes", default="50,100,200", show_default=True, help="Rows or shares such as 5%, comma between.")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Trainings of each selection.")
+@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="Optimiser steps of each.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves: .png, .svg.")
+@model_option
+@device_option
+@wait_option
+@json_option
+@pass_context
+@examples(
+    """
+    repmatch evaluate reviews --test held-out.jsonl --seeds 3
+    repmatch evaluate reviews --test held-out.jsonl --strategy facility-location+balance=label --plot curves.png
+    """
+)
+def evaluate(
+    context: Context, /, dataset: str, sizes: str, picture: Path | None, as_json: bool, wait: float, **given: Any
+) -> None:
+    """Train on selections of DATASET and test them on held-out rows: does the choice beat chance?
+
+    Random rows, the full dataset, the longest rows and mean-pooled embeddings of the same model are always compared
+    too. Every training has the same number of steps. Each is kept in the store, so that an interrupted evaluation goes
+    on where it was. Test rows that stand in DATASET, to the letter or nearly, are left out and counted.
+
+    \b
+    Baselines by name, beside the strategies of select:
+      random, full, longest, embeddings, loss-high, loss-low, loss-middle
+    """  # noqa: D301 -- click reads the backspace: keep these lines apart
+    from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate_with_steps
+
+    options = EvaluateOptions(
+        candidates=given.pop("strategies") or ("facility-location",),
+        coresets=given.pop("coresets"),
+        sizes=tuple(part.strip() for part in sizes.split(",") if part.strip()),
+        seeds=given.pop("seeds"),
+    )
+    steps, tests = given.pop("steps"), given.pop("tests")
+    if picture is not None:
+        from repmatch.curator.evaluate.plot import check_plot
+
+        check_plot(picture)
+    with context.open(as_json=as_json, wait=wait) as store:
+        found = evaluate_with_steps(context.curator(store, **given), dataset, tests, options, steps)
+    output = context.output
+    output.close()
+    for note in found.notes:
+        output.warn(note)
+    if picture is not None:
+        from repmatch.curator.evaluate.plot import plot
+
+        plot(found, picture)
+        output.hint(f"curves in {picture}")
+    if as_json:
+        for line in found.lines:
+            output.json(line.as_json())
+        return
+    output.line(f"{dataset}: accuracy on {found.test_rows} held-out rows, {found.lines[0].steps} steps each")
+    output.table(found.header, found.cells())
+    for said in found.verdict():
+        output.line(said)
+    if found.reused:
+        output.hint(f"{found.reused} trainings were in the store already")

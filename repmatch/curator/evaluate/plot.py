@@ -1,0 +1,82 @@
+"""Retraining curves as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from repmatch.curator.evaluate.results import Evaluation
+from repmatch.errors import MissingExtraError, UsageError
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before any work is done.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UsageError: its ending is no format.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path} ends in no picture format; expected one of {', '.join(FORMATS)}.")
+    _pyplot()
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("a plot", "evaluate") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(found: Evaluation, path: Path) -> None:
+    """Draw accuracy against size, a line a candidate, with 95 % intervals; the full dataset is a dotted line.
+
+    Args:
+        found: the curves.
+        path: a file ending in .png, .svg or .pdf.
+
+    Raises:
+        UsageError: its ending is no format.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_plot(path)
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    names = list(dict.fromkeys(line.candidate for line in found.lines))
+    for at, name in enumerate(names):
+        lines = [line for line in found.lines if line.candidate == name]
+        colour = "black" if name == "random" else f"C{at % 10}"
+        means = [100 * line.accuracy.mean for line in lines]
+        if name == "full":
+            axes.axhline(means[0], color="grey", linestyle=":", label=f"full ({lines[0].size} rows)")
+            continue
+        low = [
+            m - 100 * (m / 100 if line.accuracy.low is None else line.accuracy.low)
+            for m, line in zip(means, lines, strict=True)
+        ]
+        high = [
+            100 * (m / 100 if line.accuracy.high is None else line.accuracy.high) - m
+            for m, line in zip(means, lines, strict=True)
+        ]
+        style = {"color": colour, "marker": "o", "capsize": 3, "linestyle": "--" if name == "random" else "-"}
+        axes.errorbar([line.size for line in lines], means, yerr=[low, high], label=name, **style)
+    sizes = sorted({line.size for line in found.lines if line.candidate != "full"})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("rows trained on")
+    axes.set_ylabel(f"accuracy on {found.test_rows} held-out rows, %")
+    axes.set_title(f"{found.dataset}: {found.lines[0].steps} steps each, 95 % intervals over seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    pyplot.close(figure)
