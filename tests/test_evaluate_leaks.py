@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def literal(train: list[Row], test: list[Row], near: float) -> dict[str, float]:
 
     def pieces(r: Row) -> set[tuple[str, str]]:
         words = ["<", *r.text.split(), ">"]
-        return set(zip(words, words[1:], strict=False))
+        return set(pairwise(words))
 
     best: dict[str, float] = {}
     for a, b in product(test, train):

@@ -64,8 +64,8 @@ class Suspects:
 def agreement(factors: Factors) -> NDArray[np.float32]:
     """Return each instance's mean signed cosine with all the others, in one pass over the factors.
 
-    Σ_j cos(ΔW_i, ΔW_j) = ⟨d_i, Σ_j d_j⟩ per matrix with d the unit ΔW (rank above 1: in the space's basis of the rows of
-    A), so the cost grows with n alone. The mean is taken over the other instances and over the matrices.
+    Σ_j cos(ΔW_i, ΔW_j) = ⟨d_i, Σ_j d_j⟩ per matrix with d the unit ΔW (rank above 1: in the space's basis of the rows
+    of A), so the cost grows with n alone. The mean is taken over the other instances and over the matrices.
 
     Args:
         factors: n instances, two or more.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ def embed(bench: Workbench, labels: Sequence[str], examples: Sequence[Example]) 
     Returns:
         (n, d) float32.
     """
-    module, task = bench.module(len(labels)), bench.task(labels)
+    module: Any = bench.module(len(labels))
+    task = bench.task(labels)
     device = next(module.parameters()).device
     out = np.zeros((len(examples), int(module.config.hidden_size)), np.float32)
     with torch.inference_mode():

@@ -32,8 +32,8 @@ class EvaluateOptions:
     """What is evaluated.
 
     Attributes:
-        candidates: strategies and baselines, see `repmatch.curator.evaluate.candidates.parse`; random, full, longest and
-            embeddings are always among them.
+        candidates: strategies and baselines, see `repmatch.curator.evaluate.candidates.parse`; random, full, longest
+            and embeddings are always among them.
         coresets: names of stored coresets.
         sizes: numbers of rows, or shares such as "5%".
         seeds: trainings of each selection; seed s of one is paired with seed s of another.
@@ -114,7 +114,12 @@ def evaluate(curator: Curator, dataset: str, test: Sequence[str], options: Evalu
 
     recipe = options.recipe or RetrainRecipe()
     maker = Maker(curator, bench, pool, held, recipe, known.labels, options.together or _together(bench.device))
-    arguments = {"dataset": dataset, "test": list(test), "test_hash": held.input_hash, "recipe": recipe.as_json()}
+    arguments: dict[str, Any] = {
+        "dataset": dataset,
+        "test": list(test),
+        "test_hash": held.input_hash,
+        "recipe": recipe.as_json(),
+    }
     arguments |= {"candidates": [c.text for c in candidates], "seeds": options.seeds, "sizes": list(options.sizes)}
     with curator.store.run("evaluate", arguments) as run:
         trials = maker.run(list(_trials(pool, candidates, options)))
@@ -220,8 +225,8 @@ def _notes(held: Held, candidates: Sequence[Candidate], pool: Pool, options: Eva
     if held.leaks:
         exact = sum(leak.exact for leak in held.leaks)
         notes.append(
-            f"{len(held.leaks)} test rows stand in {pool.dataset} too ({exact} to the letter, the others nearly) and were "
-            f"left out: {held.leaks[0].test_id!r} as {held.leaks[0].train_id!r}"
+            f"{len(held.leaks)} test rows stand in {pool.dataset} too ({exact} to the letter, the others nearly) and "
+            f"were left out: {held.leaks[0].test_id!r} as {held.leaks[0].train_id!r}"
             + (", ..." if len(held.leaks) > 1 else "")
         )
     if held.bad:

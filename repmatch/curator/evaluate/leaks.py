@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from repmatch.datamodels import Row
 
@@ -38,8 +39,8 @@ def find_leaks(train: Iterable[Row], test: Sequence[Row], near: float = NEAR) ->
     """Find test rows whose text, or texts, are nearly those of a training row.
 
     Letters' case, punctuation and blanks do not count. Two rows are near where the Jaccard similarity of their sets of
-    neighbouring words reaches `near`; such a pair shares a rare pair of words, so only rows that share one of the rarest
-    are compared, which misses none (prefix filtering, Chaudhuri, Ganti and Kaushik 2006).
+    neighbouring words reaches `near`; such a pair shares a rare pair of words, so only rows that share one of the
+    rarest are compared, which misses none (prefix filtering, Chaudhuri, Ganti and Kaushik 2006).
 
     Args:
         train: rows that may be trained on, read once.
@@ -84,4 +85,4 @@ def _shingles(row: Row) -> frozenset[str]:
         words += [*_WORD.findall(row.text_pair.casefold()), "\x03"]
     if len(words) == 2:  # nothing but punctuation: the text itself
         words.insert(1, row.text.strip())
-    return frozenset(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))
+    return frozenset(f"{a} {b}" for a, b in pairwise(words))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repmatch.curator.evaluate.results import Evaluation
+from repmatch.curator.evaluate.statistics import Interval
 from repmatch.errors import MissingExtraError, UsageError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -37,6 +38,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def _reach(found: Interval) -> float:
+    """Return half the width of an interval in percent; 0 for a single value."""
+    return 0.0 if found.high is None else 100 * (found.high - found.mean)
+
+
 def plot(found: Evaluation, path: Path) -> None:
     """Draw accuracy against size, a line a candidate, with 95 % intervals; the full dataset is a dotted line.
 
@@ -59,16 +65,9 @@ def plot(found: Evaluation, path: Path) -> None:
         if name == "full":
             axes.axhline(means[0], color="grey", linestyle=":", label=f"full ({lines[0].size} rows)")
             continue
-        low = [
-            m - 100 * (m / 100 if line.accuracy.low is None else line.accuracy.low)
-            for m, line in zip(means, lines, strict=True)
-        ]
-        high = [
-            100 * (m / 100 if line.accuracy.high is None else line.accuracy.high) - m
-            for m, line in zip(means, lines, strict=True)
-        ]
+        reach = [_reach(line.accuracy) for line in lines]
         style = {"color": colour, "marker": "o", "capsize": 3, "linestyle": "--" if name == "random" else "-"}
-        axes.errorbar([line.size for line in lines], means, yerr=[low, high], label=name, **style)
+        axes.errorbar([line.size for line in lines], means, yerr=reach, label=name, **style)
     sizes = sorted({line.size for line in found.lines if line.candidate != "full"})
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])

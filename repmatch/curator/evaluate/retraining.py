@@ -162,8 +162,8 @@ def retrain(
 def order(examples: Sequence[Example], seed: int, recipe: RetrainRecipe) -> Iterator[list[int]]:
     """Yield the batches of a training: every instance once before any comes again, similar lengths together.
 
-    Batches are always full, and where those of long instances stand depends on the seed alone, so that trainings side by
-    side read instances of similar length at the same time.
+    Batches are always full, and where those of long instances stand depends on the seed alone, so that trainings side
+    by side read instances of similar length at the same time.
 
     Args:
         examples: the selection.

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, toy_rows, write_rows
+from torch.nn import functional
+
+import repmatch
+from repmatch.curator import start
+from repmatch.curator.evaluate.candidates import imbalance, parse
+from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate, read_test
+from repmatch.curator.evaluate.results import Trial, summarise
+from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, order, retrain
+from repmatch.curator.settings import Settings
+from repmatch.curator.workbench import Workbench
+from repmatch.datamodels import Row
+from repmatch.errors import InputError, UnknownNameError, UsageError
+
+pytest.importorskip("scipy")
+LABELS = ("no", "yes")
+SHORT = RetrainRecipe(steps=6, batch_size=4, rank=2)
+
+
+def rows_of(records: list[dict[str, object]]) -> list[Row]:
+    return [
+        Row(str(r["id"]), json.dumps(r), str(r["text"]), None, str(r["label"]), "", "", "rows", i + 1)
+        for i, r in enumerate(records)
+    ]
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model: Path) -> Workbench:
+    return Workbench.build(Settings(model=str(tiny_model), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that are none of the dataset's, but for the last."""
+    fresh = [
+        {
+            "id": f"held-{i}",
+            "text": f"quiet {i % 3} actor plot {'good' if i % 2 else 'dull'} {i}",
+            "label": LABELS[i % 2],
+        }
+        for i in range(20)
+    ]
+    fresh.append({**toy_rows()[3], "id": "leaked"})
+    return write_rows(tmp_path_factory.mktemp("held") / "held.jsonl", fresh)
+
+
+def literal_losses(bench: Workbench, job: Job, recipe: RetrainRecipe) -> tuple[list[float], torch.nn.Module]:
+    """Train with peft's LoRA layers and torch's optimiser on one selection, and return its losses."""
+    from peft import LoraConfig, get_peft_model
+
+    module, task = bench.module(2), bench.task(LABELS)
+    names = list(bench.space.layout.names)
+    with torch.random.fork_rng(devices=[]):
+        config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), lora_dropout=0.0, target_modules=names)
+        wrapped = get_peft_model(module, config)
+    layers = dict(module.named_modules())
+    with torch.no_grad():
+        for matrix in bench.space.matrices:
+            a = start.draw_a(job.seed, matrix.name, recipe.rank, matrix.d_in)
+            layers[matrix.name].lora_A["default"].weight.copy_(torch.from_numpy(a))
+        kept = module.classifier.weight.clone(), module.classifier.bias.clone()
+        std = module.config.initializer_range
+        module.classifier.weight.copy_(
+            torch.from_numpy(start.draw_head_rows(job.seed, "classifier.weight", (2, 32), std))
+        )
+        module.classifier.bias.zero_()
+    wrapped.requires_grad_(False)
+    trained = [p for n, p in wrapped.named_parameters() if "lora_" in n or "classifier" in n]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    wrapped.eval()
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    losses = []
+    for at in order(job.examples, job.seed, recipe):
+        batch = task.collate([job.examples[i] for i in at])
+        wanted = batch.pop("labels")
+        loss = functional.cross_entropy(wrapped(**batch).logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        wrapped.unload()
+        module.classifier.weight.copy_(kept[0])
+        module.classifier.bias.copy_(kept[1])
+    module.requires_grad_(False)
+    return losses, module
+
+
+def test_side_by_side_equals_one_by_one_and_the_literal_training(bench: Workbench) -> None:
+    task = bench.task(LABELS)
+    examples = task.encode(rows_of(toy_rows()))
+    test = task.encode(rows_of(toy_rows(24)[10:]))
+    recipe = RetrainRecipe(steps=6, batch_size=4, rank=2, learning_rate=1e-2)
+    jobs = [Job(examples[:10], 0), Job(examples[10:13], 0), Job(examples[20:45], 1)]
+    together = retrain(bench, LABELS, jobs, test, recipe)
+    for job, found in zip(jobs, together, strict=True):
+        (alone,) = retrain(bench, LABELS, [job], test, recipe)
+        losses, _ = literal_losses(bench, job, recipe)
+        assert alone.last_loss == pytest.approx(losses[-1], rel=1e-4)
+        assert found.last_loss == pytest.approx(losses[-1], rel=1e-4)
+        assert found.right == alone.right
+        assert losses[-1] != pytest.approx(losses[0], rel=1e-3)
+        assert (found.steps, found.instances_read) == (6, 24)
+    assert not any(p.requires_grad for p in bench.module(2).parameters())
+
+
+def test_every_training_reads_as_many_instances_and_each_once_before_any_twice(bench: Workbench) -> None:
+    examples = bench.task(LABELS).encode(rows_of(toy_rows()))
+    recipe = RetrainRecipe(steps=30, batch_size=16)
+    for count in (3, 16, 20, 60):
+        batches = list(order(examples[:count], 7, recipe))
+        assert [len(at) for at in batches] == [16] * 30
+        seen = np.bincount(np.concatenate(batches), minlength=count)
+        assert seen.max() - seen.min() <= 1
+    assert list(order(examples, 7, recipe)) == list(order(examples, 7, recipe))
+    assert list(order(examples, 7, recipe)) != list(order(examples, 8, recipe))
+
+
+def test_an_evaluation_has_every_baseline_equal_steps_and_no_leak(toy_store: Path, held_out: Path) -> None:
+    options = EvaluateOptions(sizes=(6, "20%"), seeds=2, recipe=SHORT)
+    with repmatch.open(toy_store) as store:
+        curator = repmatch.Curator(store)
+        found = evaluate(curator, "toy", [str(held_out)], options)
+        asked = {(line.candidate, line.size) for line in found.lines}
+        names = ("facility-location", "random", "longest", "embeddings")
+        assert asked == {(n, k) for n in names for k in (6, 12)} | {("full", 60)}
+        assert {line.steps for line in found.lines} == {6}
+        assert [leak.test_id for leak in found.leaks] == ["leaked"]
+        assert found.test_rows == 20
+        assert "toy-3" in found.notes[0]
+        runs = store.sql("SELECT detail FROM runs WHERE command = 'retrain'")
+        assert len(runs) == 2 * 9
+        again = evaluate(curator, "toy", [str(held_out)], options)
+        assert again.lines == found.lines
+        assert again.reused == 18
+        assert len(store.sql("SELECT 1 FROM runs WHERE command = 'retrain'")) == 18
+    for line in found.lines:
+        if line.candidate == "longest" and line.size == 6:
+            assert line.tokens == sum(sorted(len(str(r["text"]).split()) + 2 for r in toy_rows())[-6:])
+        assert (line.against_random is None) == (line.candidate in ("random", "full"))
+
+
+def test_an_evaluation_that_was_killed_goes_on(toy_store: Path, held_out: Path) -> None:
+    options = EvaluateOptions(sizes=(6,), seeds=2, recipe=SHORT)
+    done = 0
+
+    def stop(stage: str, at: int, total: int | None) -> None:
+        nonlocal done
+        if stage == "retraining" and at == 3 * SHORT.steps + 2:
+            raise KeyboardInterrupt
+
+    with repmatch.open(toy_store) as store:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(repmatch.Curator(store, progress=stop), "toy", [str(held_out)], options)
+        assert len(store.sql("SELECT 1 FROM runs WHERE command = 'retrain' AND status = 'ok'")) == 3
+        found = evaluate(repmatch.Curator(store), "toy", [str(held_out)], options)
+        assert found.reused == 3
+        fresh = evaluate(repmatch.Curator(store), "toy", [str(held_out)], options)
+    assert fresh.lines == found.lines
+
+
+def test_coresets_are_compared_with_as_many_random_rows(toy_store: Path, held_out: Path) -> None:
+    options = EvaluateOptions(
+        candidates=("random+balance=label",), coresets=("mine",), sizes=(6,), seeds=2, recipe=SHORT
+    )
+    with repmatch.open(toy_store) as store:
+        curator = repmatch.Curator(store)
+        curator.select("toy", 9, name="mine")
+        found = evaluate(curator, "toy", [str(held_out)], options)
+    sizes = {(line.candidate, line.size): line for line in found.lines}
+    assert sizes["mine", 9].against_random is not None
+    assert ("random", 9) in sizes
+    assert sizes["random+balance=label", 6].imbalance == 0.0
+
+
+def test_test_rows_that_cannot_be_used(toy_store: Path, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{"id": "a", "text": "good film", "label": "maybe"}])
+    same = write_rows(tmp_path / "same.jsonl", toy_rows()[:3])
+    with repmatch.open(toy_store) as store:
+        curator = repmatch.Curator(store)
+        with pytest.raises(InputError, match=r"other\.jsonl:1: the label 'maybe' is none"):
+            read_test(curator, "toy", [str(other)], 0.8)
+        with pytest.raises(InputError, match="'toy-0' as 'toy-0'; test on rows that were held out"):
+            read_test(curator, "toy", [str(same)], 0.8)
+
+
+def test_candidates_by_name() -> None:
+    assert parse("facility-location+balance=label").balance == "label"
+    assert parse("random+stratify=area code").stratify == "area code"
+    with pytest.raises(UnknownNameError, match="did you mean 'facility-location'"):
+        parse("facility-locatoin")
+    with pytest.raises(UsageError, match=r"expected NAME, NAME\+balance=FIELD"):
+        parse("random+label")
+    with pytest.raises(UsageError, match="takes no rule"):
+        parse("full+balance=label")
+    with pytest.raises(UsageError, match="--seeds 0"):
+        EvaluateOptions(seeds=0)
+
+
+def test_imbalance_by_hand() -> None:
+    assert imbalance(["a", "b"], ["a", "b", "a", "b"]) == 0.0
+    assert imbalance(["a", "a"], ["a", "b"]) == pytest.approx(0.5)
+    assert imbalance(["c"], ["a"]) == 1.0
+
+
+def test_lines_pair_seed_with_seed() -> None:
+    def trial(name: str, seed: int, accuracy: float) -> Trial:
+        return Trial(name, 5, seed, ("x",), accuracy=accuracy)
+
+    trials = [trial("a", 1, 0.9), trial("a", 0, 0.5), trial("random", 0, 0.4), trial("random", 1, 0.8)]
+    lines = summarise(trials, ["a", "random"])
+    assert lines[0].accuracies == (0.5, 0.9)
+    assert lines[0].against_random is not None
+    assert lines[0].against_random.mean == pytest.approx(0.1)
+    assert lines[0].against_random.low == pytest.approx(0.1)
+    assert lines[1].against_random is None
+
+
+def test_the_command_prints_a_table_json_and_a_picture(
+    run: Run, toy_store: Path, held_out: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "curves.svg"
+    asked = ("--store", toy_store, "evaluate", "toy", "--test", held_out, "--sizes", "6", "--seeds", 2, "--steps", 2)
+    shown = run(*asked, "--plot", picture)
+    assert shown.code == 0
+    assert shown.out.splitlines()[0] == "toy: accuracy on 20 held-out rows, 2 steps each"
+    assert "6 rows: " in shown.out
+    assert "1 test rows stand in toy too" in shown.err
+    assert "2 seeds say next to nothing" in shown.err
+    assert "<svg" in picture.read_text()
+    lines = run(*asked, "--json").objects
+    assert {line["candidate"] for line in lines} == {"facility-location", "random", "full", "longest", "embeddings"}
+    assert all(len(line["accuracies"]) == 2 for line in lines)  # type: ignore[arg-type]
+    refused = run(*asked, "--plot", tmp_path / "curves.doc")
+    assert refused.code == 2
+    assert "no picture format" in refused.err
