@@ -19,6 +19,7 @@ from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
 from repmatch.commands.score import score
 from repmatch.commands.select import select
+from repmatch.commands.study import study
 from repmatch.commands.suspects import suspects
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
@@ -57,7 +58,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, suspects, evaluate, export, info, demo):
+for command in (ingest, score, compare, nearest, select, suspects, evaluate, study, export, info, demo):
     cli.add_command(command)
 
 

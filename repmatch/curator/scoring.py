@@ -108,7 +108,7 @@ def score(trainer: Trainer, dataset: str, *, against: str | None = None, where: 
     store, target = trainer.store, dataset if against is None else against
     space = trainer.space_of(dataset)
     other = trainer.space_of(store.resolve(target).dataset)
-    _same_space(dataset, space, target, other)
+    require_same_space(dataset, space, target, other)
     adapter = trainer.adapter(target, where=where)
     u = directions(adapter, space)
     ids: list[str] = []
@@ -150,7 +150,7 @@ def compare(trainer: Trainer, names: Sequence[str]) -> Comparison:
         raise UsageError(f"compare takes two or more names, not {len(names)}.")
     spaces = [trainer.space_of(trainer.store.resolve(name).dataset) for name in names]
     for name, space in zip(names, spaces, strict=True):
-        _same_space(names[0], spaces[0], name, space)
+        require_same_space(names[0], spaces[0], name, space)
     space = spaces[0]
     adapters = [trainer.adapter(name) for name in names]
     blocks = [directions(adapter, space) for adapter in adapters]
@@ -167,7 +167,18 @@ def compare(trainer: Trainer, names: Sequence[str]) -> Comparison:
     )
 
 
-def _same_space(name: str, space: Space, other_name: str, other: Space) -> None:
+def require_same_space(name: str, space: Space, other_name: str, other: Space) -> None:
+    """Refuse to compare what lives in different spaces.
+
+    Args:
+        name: of one.
+        space: its space.
+        other_name: of the other.
+        other: its space.
+
+    Raises:
+        SpaceMismatchError: the spaces differ, with the fields.
+    """
     if space.id != other.id:
         raise SpaceMismatchError(
             f"{name!r} and {other_name!r} are of different spaces and cannot be compared; ingest one of them again, "

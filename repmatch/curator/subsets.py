@@ -67,8 +67,20 @@ class Trainer:
             The adapter.
         """
         subset = self.store.resolve(name)
-        if where is not None:
-            subset = self.store.narrow(subset, where)
+        return self.adapter_of(subset if where is None else self.store.narrow(subset, where))
+
+    def adapter_of(self, subset: Subset) -> Adapter:
+        """Return the adapter of a subset that may have no name in the store; see `adapter`.
+
+        Args:
+            subset: the subset.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            InputError: it has no instances.
+        """
         space = self.space_of(subset.dataset)
         members = self.store.members(subset)
         if not members.ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,29 @@ from repmatch.curator.engine import batches_by_tokens
 
 if TYPE_CHECKING:
     from repmatch.curator.classification import Example
+    from repmatch.curator.curator import Curator
     from repmatch.curator.workbench import Workbench
+
+
+def embedder(curator: Curator, dataset: str) -> Callable[[tuple[str, ...]], NDArray[np.float32]]:
+    """Return a function that embeds instances of a dataset with its base model.
+
+    Args:
+        curator: the curator; its settings say where to compute.
+        dataset: its name.
+
+    Returns:
+        Maps n ids to (n, d) float32 unit rows.
+    """
+    from repmatch.curator.workbench import Workbench
+
+    def make(ids: tuple[str, ...]) -> NDArray[np.float32]:
+        bench = Workbench.of_space(curator.trainer.space_of(dataset), curator.settings)
+        known = curator.store.dataset(dataset)
+        rows = list(curator.store.tasks(dataset, ids=list(ids)))
+        return embed(bench, known.labels, bench.task(known.labels, known.fields).encode(rows))
+
+    return make
 
 
 def embed(bench: Workbench, labels: Sequence[str], examples: Sequence[Example]) -> NDArray[np.float32]:

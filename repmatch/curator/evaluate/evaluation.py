@@ -187,7 +187,7 @@ def read_test(curator: Curator, dataset: str, sources: Sequence[str], near: floa
 
 
 def _pool(curator: Curator, dataset: str) -> tuple[Pool, Workbench]:
-    from repmatch.curator.evaluate.embeddings import embed
+    from repmatch.curator.evaluate.embeddings import embedder
     from repmatch.curator.workbench import Workbench
 
     store = curator.store
@@ -203,13 +203,9 @@ def _pool(curator: Curator, dataset: str) -> tuple[Pool, Workbench]:
         f"WHERE dataset = {_quoted(dataset)} AND loss IS NOT NULL ORDER BY position"
     )
     ids = tuple(frame["id"].to_list())
-    labels = store.dataset(dataset).labels
-
-    def make() -> Any:
-        return embed(bench, labels, bench.task(labels).encode(list(store.tasks(dataset, ids=list(ids)))))
-
+    make = embedder(curator, dataset)
     losses, tokens = frame["loss"].to_numpy().astype(np.float64), frame["tokens"].to_numpy().astype(np.int64)
-    return Pool(curator, dataset, ids, tuple(frame["label"].to_list()), losses, tokens, make), bench
+    return Pool(curator, dataset, ids, tuple(frame["label"].to_list()), losses, tokens, lambda: make(ids)), bench
 
 
 def _quoted(text: str) -> str:
