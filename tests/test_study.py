@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run, toy_rows
+from conftest import Run, toy_rows, write_rows
 
 import repmatch
 from repmatch.curator.scoring import directions
@@ -15,6 +15,7 @@ from repmatch.curator.study.fields import study_field
 from repmatch.curator.study.layers import study_layers
 from repmatch.curator.study.nearest import expected, precision
 from repmatch.curator.study.seeds import SeedStudy, study_seeds
+from repmatch.curator.study.spaces import study_spaces
 from repmatch.curator.training import Recipe
 from repmatch.errors import SelectionError, SpaceMismatchError, UnknownNameError, UsageError
 from repmatch.similarity import kernel_block, matrix_scores
@@ -100,6 +101,36 @@ def test_orders_of_the_same_rows_are_compared(toy_store: Path) -> None:
         assert len(store.adapters()) == count == 8
         with pytest.raises(UsageError, match="shows no spread"):
             study_seeds(trainer, names, seeds=1)
+
+
+def test_spaces_are_compared_on_the_rows_they_share(
+    run: Run, toy_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rows = [r if i else {**r, "text": "another text"} for i, r in enumerate(toy_rows())]
+    file = write_rows(tmp_path / "changed.jsonl", rows)
+    run("--store", toy_store, "ingest", file, "--dataset", "two", "--model", tiny_model, "--rank", 2)
+    with repmatch.open(toy_store) as store:
+        found = study_spaces(store, ("toy", "two"))
+        ids = [f"toy-{i}" for i in range(1, 60)]  # the first row's text differs
+        one, two = (store.factors(name, ids=ids) for name in ("toy", "two"))
+        same = study_spaces(store, ("toy", "two", "toy"))
+    assert found.rows == 59
+    assert found.differences == {(0, 1): ("rank",)}
+    kernels = [kernel_block(f, f).astype(np.float64) for f in (one, two)]
+    centre = np.eye(59) - 1 / 59
+    k, other = (centre @ kernel @ centre for kernel in kernels)
+    expected_alignment = np.trace(k @ other) / np.sqrt(np.trace(k @ k) * np.trace(other @ other))
+    assert found.alignment[0, 1] == pytest.approx(expected_alignment)
+    means = [(kernel.sum(axis=1) - np.diag(kernel)) / 58 for kernel in kernels]
+    assert found.rank[0, 1] == pytest.approx(stats.spearmanr(*means).statistic)
+    assert same.alignment[0, 2] == pytest.approx(1.0)
+    assert same.nearest[0, 2] == 1.0
+    assert "see the same" in same.verdict()[1]
+    assert "differ in rank" in found.verdict()[0]
+    shown = run("--store", toy_store, "study", "spaces", "toy", "two")
+    assert shown.out.startswith("centred kernel alignment on 59 shared rows")
+    assert run("--store", toy_store, "study", "spaces", "toy").code == 2
 
 
 def test_other_spaces_are_refused(run: Run, toy_store: Path, tiny_model: Path, toy_file: Path) -> None:

@@ -129,3 +129,33 @@ def seeds(
     output.table(["", *found.names], cells)
     for said in found.verdict():
         output.line(said)
+
+
+@study.command()
+@click.argument("names", nargs=-1, required=True, metavar="DATASET DATASET...")
+@json_option
+@pass_context
+@examples(
+    """
+    repmatch study spaces reviews reviews-rank-4
+    repmatch study spaces cold warm --json
+    """
+)
+def spaces(context: Context, /, names: tuple[str, ...], as_json: bool) -> None:
+    """Do several spaces see the same in the same rows? Models, ranks, starts, targets.
+
+    Ingest one file into several datasets with other options first; rows of the same id, text and label are compared.
+    """
+    from repmatch.curator.study.spaces import study_spaces
+
+    with context.open(as_json=as_json) as store:
+        found = study_spaces(store, names)
+    output = context.output
+    if as_json:
+        output.json(found.as_json())
+        return
+    output.line(f"centred kernel alignment on {found.rows} shared rows")
+    tables = zip(found.names, found.alignment.tolist(), strict=True)
+    output.table(["", *found.names], [[name, *row] for name, row in tables])
+    for said in found.verdict():
+        output.line(said)
