@@ -16,6 +16,7 @@ from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
+from repmatch.commands.plan import plan
 from repmatch.commands.score import score
 from repmatch.commands.select import select
 from repmatch.context import DEFAULT_STORE, Context, examples
@@ -55,7 +56,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, info, demo):
+for command in (ingest, plan, score, compare, nearest, select, export, info, demo):
     cli.add_command(command)
 
 

@@ -148,8 +148,9 @@ class CausalLanguage:
         Returns:
             (n,) float32 losses.
         """
-        if hasattr(module, "get_base_model"):  # peft's wrapper; its layers sit in the model itself
-            module = module.get_base_model()
+        unwrap: Any = getattr(module, "get_base_model", None)
+        if unwrap is not None:  # peft's wrapper; its layers sit in the model itself
+            module = unwrap()
         targets = inputs["labels"][:, 1:]
         keep = targets != IGNORED
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
