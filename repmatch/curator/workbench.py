@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 OWN = "own:"
+# Tasks whose head has a row a label; a model for any other is the same whatever the labels.
+_CLASSED = frozenset([classification.NAME, images.NAME])
 # Padded tokens a batch on the CPU: measured best of 512 to 8192 for the embedded model (activations stay in the cache).
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 65536
@@ -185,7 +187,8 @@ class Workbench:
         """
         if isinstance(self.model, OwnModel):
             return self.model.module.eval().requires_grad_(False).to(self.device)
-        return _module(self.model, self.space.task, labels, self.space.seed).to(self.device)
+        count = labels if self.space.task in _CLASSED else 2
+        return _module(self.model, self.space.task, count, self.space.seed).to(self.device)
 
     def start(self, labels: Sequence[str]) -> nn.Module:
         """Return the frozen model at the space's start: the base model, or with the warm start merged into it.
