@@ -28,9 +28,20 @@ def trak(folder: Path, rows: dict[str, Any], into: Path) -> dict[str, Any]:
     from trak.projectors import BasicProjector, ProjectionType
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder / "model", num_labels=rows["classes"], attn_implementation="eager"
-    ).eval()
+    class Logits(torch.nn.Module):
+        """TRAK's text classification takes a module that returns its logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                folder / "model", num_labels=rows["classes"], attn_implementation="eager"
+            )
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(**inputs).logits
+            return logits
+
+    model = Logits().eval()
     named = [name for name, _ in model.named_parameters() if any(t in name for t in rows["targets"])]
     named = [name for name in named if name.endswith("weight")]
     size = sum(p.numel() for name, p in model.named_parameters() if name in named)
