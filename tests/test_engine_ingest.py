@@ -314,6 +314,83 @@ def test_batches_side_by_side_give_the_same_bytes_every_time(tmp_path: Path, ran
     assert torch.get_num_threads() == threads
 
 
+def test_batches_on_cuda_are_sized_from_free_memory() -> None:
+    from repmatch.curator.memory import Meter, fitting_tokens
+
+    inputs = {"input_ids": torch.zeros(4, 50, dtype=torch.int64)}
+
+    def tokens(each: int, free: int) -> int:
+        meter = Meter(lambda: None, lambda: 1000, lambda: 1000 + 200 * each, lambda: free)
+        return fitting_tokens(lambda _: None, inputs, meter)
+
+    assert tokens(10_000, 100_000_000) == 6912  # 0.7 · 1e8 / 1e4 = 7,000, in whole 256s
+    assert tokens(10_000, 1_000_000) == 256
+    assert tokens(1, 10**12) == 262_144
+
+
+class Wide(torch.nn.Module):
+    """One linear layer, wide enough for blocks of quantised numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.used = torch.nn.Linear(64, 32)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.used(x).relu()
+        return y
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_quantised_layer_is_adapted_but_not_merged(kind: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from test_engine_steps import toy_space
+
+    from repmatch.curator import layers
+    from repmatch.curator.engine import FactorEngine
+    from repmatch.datamodels import Matrix
+
+    def loss(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        squares: torch.Tensor = (module(inputs["x"]) ** 2).sum(dim=(1, 2))
+        return squares
+
+    module = Wide()
+    quantised = getattr(bnb.nn, kind)(64, 32)
+    quantised.load_state_dict(module.used.state_dict(), strict=False)
+    module.used = quantised.to("cpu").requires_grad_(False)
+    inputs = {"x": torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(1))}
+    space = toy_space(1, Matrix("used", 32, 64))
+    gradients, _ = FactorEngine(module, space, loss).gradients(inputs)
+    expected = FactorEngine(Wide(), space, loss).gradients(inputs)[0]["used"]
+    cosine = torch.nn.functional.cosine_similarity(gradients["used"].flatten(1), expected.flatten(1))
+    assert float(cosine.min()) > 0.95  # the forward pass is quantised, so not equal
+    with pytest.raises(ModelError, match="quantised layer"):
+        layers.add_to_weight(module.used, torch.zeros(32, 64))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_many_steps_keep_a_broken_instance_to_itself(rank: int) -> None:
+    from test_engine_steps import Toy, toy_inputs, toy_loss, toy_space
+
+    from repmatch.curator.engine import FactorEngine
+    from repmatch.datamodels import Matrix
+
+    space = replace(
+        toy_space(rank, Matrix("used", 5, 3)), optimizer={"name": "adamw", "lr": 0.01, "eps": 1e-8, "steps": 3}
+    )
+    engine = FactorEngine(Toy(), space, toy_loss)
+    good = engine.compute(toy_inputs())
+    scale = torch.tensor([1.0, float("nan"), 0.0, 1.0])
+    found = engine.compute(toy_inputs(scale=scale))
+    assert not np.isfinite(found.values[1]).all()
+    assert np.isnan(found.losses[1])
+    np.testing.assert_allclose(found.values[[0, 3]], good.values[[0, 3]], atol=1e-5)
+    assert (found.values[2] == 0).all()  # a gradient of exactly zero has a factor of zeros
+    assert found.norms[2, 0] == 0
+
+
 def test_another_error_is_not_taken_for_lack_of_memory() -> None:
     def fail(_: list[int]) -> BatchFactors:
         raise RuntimeError("shapes differ")

@@ -104,14 +104,18 @@ class Work:
         self._tell("factors", done, self._total)
 
     def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
-        """Check a user's own module on the first rows, and choose the precision on them."""
+        """Check a user's own module on the first rows; choose the precision, and on CUDA the batch size, on them."""
         from repmatch.curator import precision
+        from repmatch.curator.memory import Meter, fitting_tokens
         from repmatch.curator.tasks import OwnModel
 
         few = batches.task.collate(list(examples[:32]))
         if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
             batches.engine.check_apart(few)
         chosen, agreement = precision.choose(batches.engine, few)
+        if batches.engine.device.type == "cuda" and self._bench.fits_memory and "input_ids" in few:
+            batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
+            self.detail["batch_tokens"] = batches.limit
         self.detail |= {"device": self._bench.device, "precision": chosen}
         if agreement:
             self.detail["agreement_with_float32"] = agreement

@@ -78,6 +78,7 @@ class Workbench:
         device: where to compute.
         batch_tokens: padded tokens a batch may hold.
         warm: the adapter that the space starts from, None for a cold start.
+        fits_memory: whether the batch size may be changed to what the device's memory holds.
     """
 
     model: base_models.BaseModel | OwnModel
@@ -85,6 +86,7 @@ class Workbench:
     device: str
     batch_tokens: int
     warm: Adapter | None = None
+    fits_memory: bool = False
 
     @classmethod
     def build(cls, settings: Settings, form: str | None = None) -> Workbench:
@@ -108,7 +110,8 @@ class Workbench:
             seed=seed,
             optimizer=instance_step(settings.optimizer, settings.learning_rate, settings.steps),
         )
-        return cls(model, space, device, settings.batch_tokens or default_batch_tokens(device))
+        tokens = settings.batch_tokens or default_batch_tokens(device)
+        return cls(model, space, device, tokens, fits_memory=settings.batch_tokens is None)
 
     @classmethod
     def of_space(cls, space: Space, settings: Settings, store: Store | None = None) -> Workbench:
