@@ -298,6 +298,9 @@ def _loop_lines(found: dict[str, Any], title: str) -> list[str]:
         for name in ("plain", "literal")
     ]
     out.append(f"  {flops:.0f} of {peak:.0f} GFLOP/s: {share:.0%} of the peak, on real tokens{mark}")
+    shares = [(r["engine_flops_cpu"], r["peak_flops_cpu"]) for r in rounds]
+    mine, best = (statistics.median(values) / 1e9 for values in zip(*shares, strict=True))
+    out.append(f"  {mine:.0f} of {best:.0f} GFLOP a processor second: {mine / best:.0%}")
     out.append(f"  least squared cosine with either loop {least:.6f}")
     return out
 
