@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench clean
+.PHONY: help install demo test test-slow lint wheel bench bench-engine clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,18 @@ wheel: $(STAMP) ## Build the wheel and try it in an empty environment
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py
+
+# The peers want other dependencies than we do, so they get an environment of their own. torchaudio and torchvision are
+# not used by either, and a build of them that does not fit torch keeps transformers from loading.
+PEERS := build/peers
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers peft traker==0.3.2 bergson==2.5.1
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchaudio torchvision
+	@touch $@
+
+bench-engine: $(STAMP) $(PEERS)/.installed ## Measure the factor engine beside loops, TRAK and Bergson (slow; see benchmarks/README.md)
+	$(BIN)/python benchmarks/bench_engine.py --peers $(PEERS)/bin/python
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis repmatch-demo

@@ -212,7 +212,7 @@ def _mark(disturbed: bool) -> str:
 
 def _ingest_lines(found: dict[str, Any]) -> list[str]:
     parts, rows = found["parts"], found["report"]["rows"]
-    named = ("imports", "model", "reading", "tokenizing", "padding", "engine", "storing")
+    named = ("imports", "model", "reading", "tokenizing", "engine", "storing")
     rest = parts["all"] - sum(parts.get(name, 0.0) for name in named)
     shown = [(name, parts.get(name, 0.0)) for name in named] + [("rest", rest)]
     return [

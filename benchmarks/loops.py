@@ -20,6 +20,7 @@ from repmatch.curator import start
 from repmatch.curator.classification import Example, SequenceClassification
 from repmatch.curator.engine import FactorEngine, batches_by_tokens
 from repmatch.curator.settings import Settings
+from repmatch.curator.windows import Batches
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row, Space
 
@@ -85,15 +86,16 @@ class PlainLoop(_Adapted):
         self.optimizer = torch.optim.AdamW([*self.a, *self.b], lr=lr, eps=eps, fused=True)  # the fastest variant
         self._kept = [weight.detach().clone() for weight in self.a]
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        """Return B of each matrix after one step on one instance."""
+    def __call__(self, batch: Batch, steps: int = 1) -> list[Tensor]:
+        """Return B of each matrix after one step, or some, on one instance."""
         with torch.no_grad():
             for weight, kept in zip(self.a, self._kept, strict=True):
                 weight.copy_(kept)
             for weight in self.b:
                 weight.zero_()
         self.optimizer.state.clear()
-        self._step(batch)
+        for _ in range(steps):
+            self._step(batch)
         return [weight.detach()[:, 0].clone() for weight in self.b]
 
 
@@ -115,21 +117,22 @@ def pad(batch: Batch, length: int, token: int) -> dict[str, Tensor]:
     return out
 
 
-def peak() -> float:
+def peak() -> tuple[float, float]:
     """Measure the float32 matrix-product peak.
 
     Returns:
-        FLOP/s, the best of several square sizes and several runs of each.
+        FLOP/s, and FLOP a processor second of all cores; the best of several square sizes and several runs of each.
     """
-    best = 0.0
+    best = best_cpu = 0.0
     for size, runs in _PEAK_SIZES.items():
         a, b = torch.rand(size, size), torch.rand(size, size)
         out = torch.empty(size, size)
         for _ in range(runs):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             torch.mm(a, b, out=out)
             best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
+            best_cpu = max(best_cpu, 2 * size**3 / (time.process_time() - used))
+    return best, best_cpu
 
 
 class Contest:
@@ -141,13 +144,18 @@ class Contest:
         engine_rows: rows a round for the engine, as many as an ingest sorts by length together.
         loop_rows: rows a round for the loops: of the engine's rows every so many by length, so that their lengths are
             distributed alike.
+        model: the base model; None: the embedded one.
     """
 
-    def __init__(self, rows: Sequence[Row], labels: Sequence[str], engine_rows: int, loop_rows: int) -> None:
-        bench = Workbench.build(Settings(device="cpu"))
+    def __init__(
+        self, rows: Sequence[Row], labels: Sequence[str], engine_rows: int, loop_rows: int, model: str | None = None
+    ) -> None:
+        bench = Workbench.build(Settings(model=model, device="cpu"))
         self.batch_tokens = bench.batch_tokens
         self.task: SequenceClassification = bench.task(labels)
         self.engine: FactorEngine = bench.engine(len(labels))
+        self.batches = Batches(self.engine, self.task, self.batch_tokens)
+        self._rows = rows
         self.literal = LiteralLoop(self.engine.module, bench.space)
         self.plain = PlainLoop(self.engine.module, bench.space)
         self._examples = self.task.encode(rows)
@@ -169,12 +177,14 @@ class Contest:
         for example in self._examples[:3]:
             self.plain(self.batch_of_one(example))
             self.literal(self.padded_of_one(example))
-        self.engine.compute(self.task.collate(self._examples[:32]))
+        self.batches.factors(self._rows[:64], self._examples[:64])
 
-    def _turn(self, loop: Callable[[Batch], list[Tensor]], batches: Sequence[Batch]) -> tuple[float, list[Any]]:
-        began = time.perf_counter()
+    def _turn(
+        self, loop: Callable[[Batch], list[Tensor]], batches: Sequence[Batch]
+    ) -> tuple[float, float, list[list[Tensor]]]:
+        began, used = time.perf_counter(), time.process_time()
         out = [loop(batch) for batch in batches]
-        return time.perf_counter() - began, out
+        return time.perf_counter() - began, time.process_time() - used, out
 
     def round(self, seed: int) -> dict[str, Any]:
         """Time one round.
@@ -196,25 +206,32 @@ class Contest:
         factors: dict[int, NDArray[np.float32]] = {}
         singles: dict[str, dict[int, list[Tensor]]] = {"plain": {}, "literal": {}}
         spent = {"engine": 0.0, "plain": 0.0, "literal": 0.0}
-        best = peak()
+        cpu = dict(spent)
+        best: Sequence[float] = peak()
         for turn in range(_TURNS):
-            began = time.perf_counter()
-            for at in batches[turn::_TURNS]:
-                values = self.engine.compute(self.task.collate([examples[i] for i in at])).values
-                factors.update(zip(at, values, strict=True))
+            at = [i for batch in batches[turn::_TURNS] for i in batch]
+            began, used = time.perf_counter(), time.process_time()
+            found, _ = self.batches.factors([self._rows[drawn[i]] for i in at], [examples[i] for i in at])
             spent["engine"] += time.perf_counter() - began
+            cpu["engine"] += time.process_time() - used
+            factors.update(zip(at, found.values, strict=True))
             for name, loop, given in (("plain", self.plain, ones), ("literal", self.literal, padded)):
-                seconds, out = self._turn(loop, given[turn::_TURNS])
+                seconds, worked, out = self._turn(loop, given[turn::_TURNS])
                 spent[name] += seconds
+                cpu[name] += worked
                 singles[name].update(zip(chosen[turn::_TURNS], out, strict=True))
-        best = max(best, peak())
+        best = [max(pair) for pair in zip(best, peak(), strict=True)]
         tokens = sum(e.tokens for e in examples)
-        per = {name: seconds / (many if name == "engine" else few) for name, seconds in spent.items()}
+        counts = {"engine": many, "plain": few, "literal": few}
+        per, worked_per = ({name: held[name] / counts[name] for name in counts} for held in (spent, cpu))
         return {
             "rows": {"engine": many, "loops": few},
             "tokens": {"engine": tokens, "loops": sum(examples[i].tokens for i in chosen)},
             "seconds_per_instance": per,
-            "peak_flops": best,
+            "cpu_per_instance": worked_per,
+            "peak_flops": best[0],
+            "peak_flops_cpu": best[1],
+            "engine_flops_cpu": 4 * self.parameters * tokens / cpu["engine"],
             "engine_flops": 4 * self.parameters * tokens / spent["engine"],
             "cosines": {name: self._cosines(factors, found) for name, found in singles.items()},
         }
@@ -231,7 +248,14 @@ class Contest:
 
 
 def contest(
-    rows: Sequence[Row], labels: Sequence[str], *, rounds: int, engine_rows: int, loop_rows: int, patience: Patience
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    rounds: int,
+    engine_rows: int,
+    loop_rows: int,
+    patience: Patience,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Time the engine against the loops; a round that other processes disturbed is repeated.
 
@@ -242,12 +266,13 @@ def contest(
         engine_rows: rows a round for the engine.
         loop_rows: rows a round for each loop.
         patience: waits for a quiet machine.
+        model: the base model; None: the embedded one.
 
     Returns:
         Every round, and the model's facts.
     """
     patience.wait()
-    field = Contest(rows, labels, engine_rows, loop_rows)
+    field = Contest(rows, labels, engine_rows, loop_rows, model)
     field.warm_up()
     out: list[dict[str, Any]] = []
     spare = _SPARE_ROUNDS

@@ -33,15 +33,14 @@ def main() -> None:
     from repmatch.cli import main as cli_main
     from repmatch.curator import ingest
     from repmatch.curator.classification import SequenceClassification
-    from repmatch.curator.engine import FactorEngine
+    from repmatch.curator.windows import Batches
     from repmatch.store import Store
 
     _spent["imports"] = time.perf_counter() - began
     _timed(ingest, "_bench", "model")
     _timed(ingest, "_read", "reading")
     _timed(SequenceClassification, "encode", "tokenizing")
-    _timed(SequenceClassification, "collate", "padding")
-    _timed(FactorEngine, "compute", "engine")
+    _timed(Batches, "factors", "engine")
     _timed(Store, "append", "storing")
     try:
         cli_main(sys.argv[2:])

@@ -17,6 +17,7 @@ from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
+from repmatch.commands.plan import plan
 from repmatch.commands.score import score
 from repmatch.commands.select import select
 from repmatch.commands.study import study
@@ -58,7 +59,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, suspects, evaluate, study, export, info, demo):
+for command in (ingest, plan, score, compare, nearest, select, suspects, evaluate, study, export, info, demo):
     cli.add_command(command)
 
 

@@ -13,6 +13,7 @@ from repmatch.output import LogHandler, Output
 
 if TYPE_CHECKING:
     from repmatch.curator.curator import Curator
+    from repmatch.curator.settings import Settings
     from repmatch.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,11 +55,14 @@ class Context:
         self.output.as_json = as_json
         return open_store(self.path, wait=wait)
 
-    def curator(self, store: Store, *, epochs: int | None = None, **settings: Any) -> Curator:
+    def curator(
+        self, store: Store, made: Settings | None = None, *, epochs: int | None = None, **settings: Any
+    ) -> Curator:
         """Build a curator that shows its progress.
 
         Args:
             store: an open store.
+            made: settings that are made already.
             epochs: of subset training, None: the default.
             settings: fields of `repmatch.curator.settings.Settings`.
 
@@ -73,7 +77,7 @@ class Context:
             from repmatch.curator.training import Recipe
 
             recipe = Recipe(epochs=epochs)
-        return Curator(store, settings=Settings(**settings), recipe=recipe, progress=self.output.progress)
+        return Curator(store, settings=made or Settings(**settings), recipe=recipe, progress=self.output.progress)
 
 
 pass_context = click.make_pass_decorator(Context)

@@ -240,6 +240,25 @@ def test_the_loss_is_on_the_completion_only(tmp_path: Path) -> None:
     assert (labels[0, :prompt] == causal.IGNORED).all()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_behind_a_head_is_cross_entropy_piece_by_piece(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repmatch.curator.tasks import head_loss
+
+    draw = torch.Generator().manual_seed(0)
+    head = nn.Linear(6, 11, bias=bias).requires_grad_(False)
+    hidden = torch.randn(7, 6, generator=draw).requires_grad_(True)
+    targets = torch.randint(0, 11, (7,), generator=draw)
+    weights = torch.randn(7, generator=draw)
+    expected = functional.cross_entropy(head(hidden), targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected @ weights, hidden)
+    for piece in (1, 25, 1 << 24):
+        monkeypatch.setattr(head_loss, "_PIECE", piece)
+        found = head_loss.linear_cross_entropy(hidden, head, targets)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found @ weights, hidden)[0], gradient)
+    assert head_loss.linear_cross_entropy(hidden[:0], head, targets[:0]).shape == (0,)
+
+
 def test_the_chat_template_is_the_models_own(tmp_path: Path) -> None:
     _, task, rows = causal_case("llama", chat=True)(tmp_path)
     example = task.encode(rows[1:2])[0]
@@ -277,6 +296,15 @@ def test_hidden_tokens_depend_on_seed_and_text_only(tmp_path: Path) -> None:
     assert [e.features["input_ids"] for e in alone] == [e.features["input_ids"] for e in together]
     hidden = [sum(label != causal.IGNORED for label in e.label) for e in together]
     assert all(count == max(1, round(0.15 * (e.tokens - 2))) for count, e in zip(hidden, together, strict=True))
+
+
+def test_the_head_works_on_hidden_tokens_alone(tmp_path: Path) -> None:
+    bench, task, rows = masked_case(tmp_path)
+    batch, module = task.collate(task.encode(rows)), bench.module(0)
+    short = task.losses(module, batch)
+    assert task._short is True
+    task._short = False
+    torch.testing.assert_close(task.losses(module, batch), short)
 
 
 def test_a_label_that_is_no_number_is_refused(tmp_path: Path) -> None:

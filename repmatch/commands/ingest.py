@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -10,64 +11,110 @@ from repmatch.context import Context, device_option, examples, json_option, mode
 from repmatch.curator.forms import TASKS
 from repmatch.errors import UsageError
 
+if TYPE_CHECKING:
+    from repmatch.curator.ingest import IngestOptions
+    from repmatch.curator.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+_SPACE: tuple[Callable[[F], F], ...] = (
+    click.option(
+        "--task",
+        type=click.Choice(list(TASKS)),
+        help="What a model is to learn from a row.  [default: the dataset's own; sequence-classification for a new "
+        "one]",
+    ),
+    click.option("--id-field", help="Column with the id.  [default: id, where rows have it; else a digest of the row]"),
+    click.option(
+        "--text-field", help="Column with the text.  [default: text; causal-lm: prompt or messages; images: image]"
+    ),
+    click.option(
+        "--text-pair-field",
+        help="Column with a second text.  [default: text_pair, where rows have it; causal-lm: completion]",
+    ),
+    click.option("--label-field", help="Column with the label.  [default: label]"),
+    click.option(
+        "--template",
+        type=click.Choice(["plain", "chat"]),
+        help="How causal-lm joins prompt and completion: end to end, or by the model's chat template.  "
+        "[default: chat for messages, else plain]",
+    ),
+    model_option,
+    click.option("--rank", type=int, help="LoRA rank.  [default: the dataset's own; 1 for a new one]"),
+    click.option(
+        "--targets",
+        help="Matrices to adapt: endings of module names or regular expressions, comma between.  "
+        "[default: query and value of every layer]",
+    ),
+    click.option("--layers", help="Numbers of the layers to adapt, such as 0,8-11.  [default: all]"),
+    click.option(
+        "--max-length",
+        type=int,
+        help="Tokens kept of an instance.  [default: 256, causal-lm 1024, or what the model reads]",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "adam", "sgd"]),
+        help="Of the instance step.  [default: the dataset's own; adamw for a new one]",
+    ),
+    click.option("--learning-rate", type=float, help="Of the instance step.  [default: 0.001; sgd 0.1]"),
+    click.option("--steps", type=int, help="Steps each instance adapter is trained.  [default: 1]"),
+    click.option("--batch-tokens", type=int, help="Padded tokens a batch may hold.  [default: by device]"),
+    device_option,
+    click.option("--seed", type=int, help="Of the head and of every A.  [default: 0]"),
+)
+encoding_option = click.option(
+    "--encoding",
+    type=click.Choice(["float16", "float32", "sign"]),
+    help="How factors are kept; sign takes 1 bit a number (rank 1).  [default: float16]",
+)
+
+
+def space_options(function: F) -> F:
+    """Add the options that say how rows are read and what space their factors are in.
+
+    Args:
+        function: a command.
+
+    Returns:
+        The command.
+    """
+    for option in reversed(_SPACE):
+        function = option(function)
+    return function
+
+
+def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
+    """Turn the options of `space_options` and `encoding_option` into what the library takes.
+
+    Args:
+        given: values by name.
+
+    Returns:
+        The settings and the options.
+    """
+    from repmatch.curator.ingest import IngestOptions
+    from repmatch.curator.rows import FieldChoice
+    from repmatch.curator.settings import Settings
+
+    rest = dict(given)
+    fields = FieldChoice(**{name: rest.pop(name) for name in _FIELDS})
+    options = IngestOptions(fields, rest.pop("encoding"), rest.pop("strict", False))
+    return Settings(**{**rest, "targets": _names(rest["targets"])}), options
+
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--dataset", required=True, help="Name of the dataset to make or extend.")
-@click.option(
-    "--task",
-    type=click.Choice(list(TASKS)),
-    help="What a model is to learn from a row.  [default: the dataset's own; sequence-classification for a new one]",
-)
-@click.option("--id-field", help="Column with the id.  [default: id, where rows have it; else a digest of the row]")
-@click.option(
-    "--text-field", help="Column with the text.  [default: text; causal-lm: prompt or messages; images: image]"
-)
-@click.option(
-    "--text-pair-field",
-    help="Column with a second text.  [default: text_pair, where rows have it; causal-lm: completion]",
-)
-@click.option("--label-field", help="Column with the label.  [default: label]")
-@click.option(
-    "--template",
-    type=click.Choice(["plain", "chat"]),
-    help="How causal-lm joins prompt and completion: end to end, or by the model's chat template.  "
-    "[default: chat for messages, else plain]",
-)
-@model_option
-@click.option("--rank", type=int, help="LoRA rank.  [default: the dataset's own; 1 for a new one]")
-@click.option(
-    "--targets",
-    help="Matrices to adapt: endings of module names or regular expressions, comma between.  "
-    "[default: query and value of every layer]",
-)
-@click.option("--layers", help="Numbers of the layers to adapt, such as 0,8-11.  [default: all]")
-@click.option(
-    "--max-length",
-    type=int,
-    help="Tokens kept of an instance.  [default: 256, causal-lm 1024, or what the model reads]",
-)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adam", "sgd"]),
-    help="Of the instance step.  [default: the dataset's own; adamw for a new one]",
-)
-@click.option("--learning-rate", type=float, help="Of the instance step.  [default: 0.001; sgd 0.1]")
-@click.option("--steps", type=int, help="Steps each instance adapter is trained.  [default: 1]")
+@space_options
+@encoding_option
 @click.option(
     "--warm-start",
     metavar="N|N%|DATASET|none",
     help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
     "of the text, not only of the label.  [default: the dataset's own; none for a new one]",
 )
-@click.option("--batch-tokens", type=int, help="Padded tokens a batch may hold.  [default: by device]")
-@device_option
-@click.option(
-    "--encoding",
-    type=click.Choice(["float16", "float32", "sign"]),
-    help="How factors are kept; sign takes 1 bit a number (rank 1).  [default: float16]",
-)
-@click.option("--seed", type=int, help="Of the head and of every A.  [default: 0]")
 @click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
 @wait_option
 @json_option
@@ -88,14 +135,13 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
     Hugging Face hub. Run it again after an interruption and it goes on; unchanged rows cost nothing, changed ones are
     computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
     """
-    from repmatch.curator.rows import FieldChoice
-
-    targets = given.pop("targets")
-    fields = FieldChoice(**{name: given.pop(name) for name in _FIELDS})
-    encoding, strict, wait = given.pop("encoding"), given.pop("strict"), given.pop("wait")
+    wait = given.pop("wait")
+    settings, options = options_of(given)
     with context.open(as_json=as_json, wait=wait) as store:
-        curator = context.curator(store, targets=_names(targets), **given)
-        report = curator.ingest(list(files), dataset, fields=fields, encoding=encoding, strict=strict)
+        curator = context.curator(store, settings)
+        report = curator.ingest(
+            list(files), dataset, fields=options.fields, encoding=options.encoding, strict=options.strict
+        )
     output = context.output
     output.close()
     for row in report.bad:

@@ -8,6 +8,7 @@ zero while B = 0, so A only shrinks by the weight decay and its direction stays.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,15 @@ class FactorEngine:
         """How the factors lie in a flat row."""
         return self.space.layout
 
+    def twin(self) -> FactorEngine:
+        """Return an engine that can compute in another thread at the same time; every weight is shared."""
+        other = copy.copy(self)
+        memo: dict[int, object] = {id(tensor): tensor for tensor in [*self.module.parameters(), *self.module.buffers()]}
+        other.module = copy.deepcopy(self.module, memo)
+        other._block = last_block(other.module)
+        other._gradients = {}
+        return other
+
     def gradients(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Compute ∂L/∂B of each instance at the shared start.
 
@@ -92,7 +102,8 @@ class FactorEngine:
         self._gradients = {}
         moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
         self._count = len(next(iter(moved.values())))
-        with torch.enable_grad(), self._hooks(), self._forward(moved):
+        self.try_shortcut(moved)
+        with torch.enable_grad(), self._hooks(), self._forward():
             losses = self._loss(self.module, moved)
             if losses.requires_grad:
                 # The sum, not the mean: each instance's gradient must be that of a batch of one.
@@ -105,24 +116,30 @@ class FactorEngine:
         return gradients, losses.detach().float()
 
     @contextmanager
-    def _forward(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    def _forward(self) -> Iterator[None]:
         """Compute in the engine's precision, and leave out what the loss cannot see."""
-        if self._block is not None and self._block_is_right is None:
-            self._block_is_right = self._same_loss_without(inputs)
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
             stack.enter_context(first_token_only(self._block if self._block_is_right else None))
             yield
 
-    def _same_loss_without(self, inputs: Mapping[str, Tensor]) -> bool:
+    def try_shortcut(self, inputs: Mapping[str, Tensor]) -> None:
+        """Find out on the first batch whether the loss is the same without the last layer's other tokens.
+
+        Args:
+            inputs: a batch.
+        """
+        if self._block is None or self._block_is_right is not None:
+            return
         few = {name: value[:2] for name, value in inputs.items()}
-        handlers = self._gradients, self._count
         with torch.no_grad():
             whole = self._loss(self.module, few)
             with first_token_only(self._block):
                 short = self._loss(self.module, few)
-        self._gradients, self._count = handlers
-        return torch.allclose(whole, short, rtol=1e-4, atol=1e-5)
+        finite = torch.isfinite(whole)
+        if finite.any():  # a loss that is not finite says nothing
+            same = torch.allclose(whole[finite], short[finite], rtol=1e-4, atol=1e-5)
+            self._block_is_right = same and bool((torch.isfinite(short) == finite).all())
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -138,10 +155,8 @@ class FactorEngine:
                 handle.remove()
 
     def _watch(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return output
-        x = args[0].detach()
-        projected = layers.project(layer, x, self._a[name].to(x.dtype)) * self._scaling
+        with self._full_precision():
+            projected = layers.project(layer, args[0].detach().float(), self._a[name]) * self._scaling
         if not output.requires_grad:
             # Below the first adapted matrix nothing needs a gradient, so backward ends here.
             output = output.detach().requires_grad_(True)
@@ -156,9 +171,14 @@ class FactorEngine:
             )
         delta = layers.positions(layer, delta, self._count)
         projected = projected.reshape(self._count, -1, projected.shape[-1])
-        part = delta.transpose(1, 2).float() @ projected.float()
+        with self._full_precision():
+            part = delta.transpose(1, 2).float() @ projected
         # A matrix used several times in one pass has one gradient: the sum.
         self._gradients[name] = self._gradients[name] + part if name in self._gradients else part
+
+    def _full_precision(self) -> torch.autocast:
+        """Gradients are collected in float32 whatever the model computes in."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def compute(self, inputs: Mapping[str, Tensor]) -> BatchFactors:
         """Compute the instance factors of a batch.
@@ -205,7 +225,8 @@ class FactorEngine:
         optimizer = optimizers.build(stack.parameters, self.space.optimizer)
         gradients: dict[str, Tensor] = {}
         first = torch.zeros(count)
-        with torch.enable_grad(), stack.attached(), self._forward(moved):
+        self.try_shortcut(moved)
+        with torch.enable_grad(), stack.attached(), self._forward():
             for step in range(int(self.space.optimizer.get("steps", 1))):
                 losses = self._loss(self.module, moved)
                 optimizer.zero_grad(set_to_none=True)

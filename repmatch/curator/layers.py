@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.datamodels import Matrix
+from repmatch.errors import ModelError
 
 
 def is_adaptable(layer: nn.Module) -> bool:
@@ -125,9 +126,17 @@ def add_to_weight(layer: Any, delta: Tensor) -> None:
     """Add a matrix to a layer's weight, on this layer alone: a weight that another module shares stays as it was there.
 
     Args:
-        layer: an adaptable layer that is not quantised.
+        layer: an adaptable layer.
         delta: (d_out, d_in).
+
+    Raises:
+        ModelError: the layer is quantised; nothing can be added to it exactly.
     """
     weight = layer.weight
+    if not weight.is_floating_point() or (type(layer).__name__.startswith("Linear") and type(layer) is not nn.Linear):
+        raise ModelError(
+            f"a warm start cannot be merged into the quantised layer {type(layer).__name__}; expected a model in full "
+            "precision. Leave --warm-start out, or use the model that is not quantised."
+        )
     shaped = delta.T if _is_conv1d(layer) else delta.reshape(weight.shape)
     layer.weight = nn.Parameter((weight.detach() + shaped.to(weight)).contiguous(), requires_grad=False)

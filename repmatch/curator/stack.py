@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,22 @@ class AdapterStack:
             self.a[matrix.name] = a.requires_grad_(True)
             zeros = torch.zeros(self.size, matrix.d_out, space.rank, device=device)
             self.b[matrix.name] = zeros.requires_grad_(True)
+
+    def only(self, positions: Sequence[int]) -> AdapterStack:
+        """Return a stack of some of the adapters, as they are now.
+
+        Args:
+            positions: which, in order.
+
+        Returns:
+            The stack, with leaves of its own.
+        """
+        other = copy.copy(self)
+        other.size = len(positions)
+        at = list(positions)
+        other.a = {name: value.detach()[at].clone().requires_grad_(True) for name, value in self.a.items()}
+        other.b = {name: value.detach()[at].clone().requires_grad_(True) for name, value in self.b.items()}
+        return other
 
     @property
     def parameters(self) -> list[Tensor]:

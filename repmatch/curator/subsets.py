@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from repmatch.curator.ingest import Progress
 from repmatch.curator.settings import Settings
@@ -12,10 +14,26 @@ from repmatch.datamodels import Adapter, Space, digest
 from repmatch.errors import InputError, StoreError
 
 if TYPE_CHECKING:
-    from repmatch.curator.training import Recipe
+    from repmatch.curator.training import Recipe, Trained
+    from repmatch.curator.workbench import Workbench
     from repmatch.store import Store, Subset
 
 logger = logging.getLogger(__name__)
+
+
+# Subset adapters trained in one pass: a batch each is in memory.
+_SIDE_BY_SIDE = 8
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """An adapter that is asked for: its id, the subset, its space, ids and the digest of its members."""
+
+    id: str
+    subset: Subset
+    space: Space
+    ids: tuple[str, ...]
+    members: str
 
 
 @dataclass(frozen=True)
@@ -81,42 +99,91 @@ class Trainer:
         Raises:
             InputError: it has no instances.
         """
+        wanted = self._wanted(subset)
+        found = self.store.adapter(wanted.id)
+        return found if found is not None else self._train(wanted)
+
+    def adapters(self, names: Sequence[str]) -> list[Adapter]:
+        """Return the adapters of several subsets; those that are missing are trained side by side, in one pass.
+
+        Args:
+            names: datasets, subsets, coresets or DATASET[SQL]s.
+
+        Returns:
+            The adapters, in order.
+        """
+        wanted = [self._wanted(self.store.resolve(name)) for name in names]
+        missing = {w.id: w for w in wanted if self.store.adapter(w.id) is None}
+        alike: dict[tuple[str, str], list[_Wanted]] = {}
+        for w in missing.values():
+            alike.setdefault((w.space.id, w.subset.dataset), []).append(w)
+        for group in alike.values():
+            for at in range(0, len(group), _SIDE_BY_SIDE):
+                self._train_group(group[at : at + _SIDE_BY_SIDE])
+        found = [self.store.adapter(w.id) for w in wanted]
+        return [adapter for adapter in found if adapter is not None]
+
+    def _wanted(self, subset: Subset) -> _Wanted:
         space = self.space_of(subset.dataset)
         members = self.store.members(subset)
         if not members.ids:
             raise InputError(f"the subset {subset.name} has no instances; an adapter is trained on one or more.")
-        recipe = self.recipe.as_json()
-        adapter_id = digest({"space": space.id, "members": members.digest, "recipe": recipe})
-        found = self.store.adapter(adapter_id)
-        return found if found is not None else self._train(adapter_id, subset, space, members.ids, members.digest)
+        adapter_id = digest({"space": space.id, "members": members.digest, "recipe": self.recipe.as_json()})
+        return _Wanted(adapter_id, subset, space, members.ids, members.digest)
 
-    def _train(self, adapter_id: str, subset: Subset, space: Space, ids: tuple[str, ...], members: str) -> Adapter:
-        from repmatch.curator import start, training
-        from repmatch.curator.workbench import Workbench
-
-        bench = Workbench.of_space(space, self.settings, self.store)
-        dataset, recipe = self.store.dataset(subset.dataset), self.recipe
-        task = bench.task(dataset.labels, dataset.fields)
+    def _examples(self, wanted: _Wanted, task: Any) -> list[Any]:
+        """The subset made ready, or as much of it as the recipe will read."""
+        ids, recipe = wanted.ids, self.recipe
         most = recipe.max_steps * recipe.batch_size
         if len(ids) > most:
+            from repmatch.curator import start
+
             order = start.generator(recipe.seed, "sample").permutation(len(ids))[:most]
             ids = tuple(ids[i] for i in sorted(order.tolist()))
             logger.warning(
                 "%s: training on %d instances drawn at random (%d steps of %d)",
-                *(subset.name, most, recipe.max_steps, recipe.batch_size),
+                *(wanted.subset.name, most, recipe.max_steps, recipe.batch_size),
             )
-        examples = task.encode(list(self.store.tasks(subset.dataset, ids=ids)))
-        tell = self.progress
+        encoded: list[Any] = task.encode(list(self.store.tasks(wanted.subset.dataset, ids=ids)))
+        return encoded
+
+    def _bench(self, wanted: _Wanted) -> tuple[Workbench, Any, tuple[str, ...]]:
+        from repmatch.curator.workbench import Workbench
+
+        bench = Workbench.of_space(wanted.space, self.settings, self.store)
+        dataset = self.store.dataset(wanted.subset.dataset)
+        return bench, bench.task(dataset.labels, dataset.fields), dataset.labels
+
+    def _tick(self, name: str) -> Callable[[int, int], None] | None:
+        return None if self.progress is None else partial(self.progress, f"training on {name}")
+
+    def _train(self, wanted: _Wanted) -> Adapter:
+        from repmatch.curator import training
+
+        bench, task, labels = self._bench(wanted)
+        examples = self._examples(wanted, task)
         trained = training.train(
-            bench.start(dataset.labels),
-            space,
-            task,
-            examples,
-            recipe,
-            None if tell is None else lambda done, total: tell(f"training on {subset.name}", done, total),
+            bench.start(labels), wanted.space, task, examples, self.recipe, self._tick(wanted.subset.name)
         )
+        return self._keep(wanted, trained)
+
+    def _train_group(self, group: Sequence[_Wanted]) -> None:
+        from repmatch.curator.side_by_side import Job, train_side_by_side
+
+        if len(group) == 1:
+            self._train(group[0])
+            return
+        bench, task, labels = self._bench(group[0])
+        jobs = [Job(self._examples(wanted, task), self.recipe) for wanted in group]
+        tick = self._tick(f"{len(group)} subsets")
+        found = train_side_by_side(bench.start(labels), group[0].space, task, jobs, tick)
+        for wanted, trained in zip(group, found, strict=True):
+            self._keep(wanted, trained)
+
+    def _keep(self, wanted: _Wanted, trained: Trained) -> Adapter:
         adapter = Adapter(
-            adapter_id, space.id, subset.name, members, recipe.as_json(), trained.record, trained.a, trained.b
+            *(wanted.id, wanted.space.id, wanted.subset.name, wanted.members),
+            *(self.recipe.as_json(), trained.record, trained.a, trained.b),
         )
         self.store.save_adapter(adapter)
         return adapter

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # A window is the unit of commit: rows are sorted by length within it and committed together. It is sized in work, not
 # in seconds, so that a run that was killed goes on with the very batches an uninterrupted run would have computed.
-_WINDOW_FLOP = {"cpu": 1e12}
+_WINDOW_FLOP = 1e12  # a core
 _WINDOW_FLOP_GPU = 5e13
 _WINDOW_ROWS = (64, 4096)
 # Instances on which the cost of sign codes is measured, from the first window.
@@ -102,14 +104,18 @@ class Work:
         self._tell("factors", done, self._total)
 
     def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
-        """Check a user's own module on the first rows, and choose the precision on them."""
+        """Check a user's own module on the first rows; choose the precision, and on CUDA the batch size, on them."""
         from repmatch.curator import precision
+        from repmatch.curator.memory import Meter, fitting_tokens
         from repmatch.curator.tasks import OwnModel
 
         few = batches.task.collate(list(examples[:32]))
         if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
             batches.engine.check_apart(few)
         chosen, agreement = precision.choose(batches.engine, few)
+        if batches.engine.device.type == "cuda" and self._bench.fits_memory and "input_ids" in few:
+            batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
+            self.detail["batch_tokens"] = batches.limit
         self.detail |= {"device": self._bench.device, "precision": chosen}
         if agreement:
             self.detail["agreement_with_float32"] = agreement
@@ -142,18 +148,21 @@ def sign_error(values: NDArray[np.float32], layout: Layout) -> dict[str, float]:
 
 
 class Batches:
-    """Cuts windows into batches that fit, and computes them.
+    """Cuts windows into batches that fit, and computes them: on the CPU as many at once as there are threads.
 
     Args:
         engine: the factor engine.
         task: collates examples.
         limit: padded tokens a batch may hold; it falls when memory runs out.
+        workers: batches at once; None: torch's threads on the CPU, 1 elsewhere.
     """
 
-    def __init__(self, engine: FactorEngine, task: Task, limit: int) -> None:
+    def __init__(self, engine: FactorEngine, task: Task, limit: int, workers: int | None = None) -> None:
         self.engine = engine
         self.task = task
         self.limit = limit
+        self._workers = default_workers(engine) if workers is None else workers
+        self._twins: list[FactorEngine] = []
 
     def factors(
         self, rows: Sequence[Row], examples: Sequence[Example], *, tick: Callable[[int], None] | None = None
@@ -196,26 +205,71 @@ class Batches:
 
     def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], BatchFactors]]:
         from repmatch.curator.engine import batches_by_tokens
+
+        lengths = [example.tokens for example in examples]
+        planned = batches_by_tokens(lengths, self.limit)
+        if self._workers > 1 and len(planned) > 1:
+            yield from self._side_by_side(examples, planned)
+            return
+        for group in planned:
+            yield from self._fitting(self.engine, examples, group)
+
+    def _side_by_side(
+        self, examples: Sequence[Example], planned: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], BatchFactors]]:
+        """One batch a core: no core waits for another within a batch, as it would if they shared each product."""
+        import torch
+
+        before = torch.get_num_threads()
+        if not self._twins:
+            self.engine.try_shortcut(self.task.collate([examples[i] for i in planned[0][:2]]))
+            self._twins = [self.engine.twin() for _ in range(self._workers)]
+        idle: queue.SimpleQueue[FactorEngine] = queue.SimpleQueue()
+        for twin in self._twins:
+            twin.precision = self.engine.precision
+            idle.put(twin)
+
+        def work(group: list[int]) -> list[tuple[list[int], BatchFactors]]:
+            torch.set_num_threads(1)  # of this thread
+            engine = idle.get()
+            try:
+                return list(self._fitting(engine, examples, group))
+            finally:
+                idle.put(engine)
+
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repmatch-batch")
+        try:
+            # The longest first: what is left for the end is short.
+            for future in as_completed([pool.submit(work, group) for group in reversed(planned)]):
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+    def _fitting(
+        self, engine: FactorEngine, examples: Sequence[Example], planned: Sequence[int]
+    ) -> Iterator[tuple[list[int], BatchFactors]]:
+        """Compute a batch in parts that fit into memory."""
+        from repmatch.curator.engine import batches_by_tokens
         from repmatch.curator.precision import halving, is_out_of_memory
 
         lengths = [example.tokens for example in examples]
-        for planned in batches_by_tokens(lengths, self.limit):
-            # Cut once more: the limit may have fallen since the window was planned.
-            for part in batches_by_tokens([lengths[i] for i in planned], self.limit):
-                at = [planned[i] for i in part]
-                try:
-                    found = halving(partial(self._compute, examples), at, self._free)
-                except (RuntimeError, MemoryError) as error:
-                    if is_out_of_memory(error):
-                        raise _too_long(max(lengths[i] for i in at), error) from error
-                    raise
-                if len(found) > 1:
-                    self.limit = max(max(lengths[i] for i in some) * len(some) for some, _ in found)
-                    logger.warning("out of memory: from here on batches hold %d tokens", self.limit)
-                yield from found
+        # Cut once more: the limit may have fallen since the window was planned.
+        for part in batches_by_tokens([lengths[i] for i in planned], self.limit):
+            at = [planned[i] for i in part]
+            try:
+                found = halving(partial(self._compute, engine, examples), at, self._free)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise _too_long(max(lengths[i] for i in at), error) from error
+                raise
+            if len(found) > 1:
+                self.limit = max(max(lengths[i] for i in some) * len(some) for some, _ in found)
+                logger.warning("out of memory: from here on batches hold %d tokens", self.limit)
+            yield from found
 
-    def _compute(self, examples: Sequence[Example], at: Sequence[int]) -> BatchFactors:
-        return self.engine.compute(self.task.collate([examples[i] for i in at]))
+    def _compute(self, engine: FactorEngine, examples: Sequence[Example], at: Sequence[int]) -> BatchFactors:
+        return engine.compute(self.task.collate([examples[i] for i in at]))
 
     def _free(self) -> None:
         import gc
@@ -225,6 +279,20 @@ class Batches:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def default_workers(engine: FactorEngine) -> int:
+    """Return how many batches are computed at once.
+
+    Args:
+        engine: the factor engine.
+
+    Returns:
+        Torch's threads on the CPU, 1 elsewhere.
+    """
+    import torch
+
+    return torch.get_num_threads() if engine.device.type == "cpu" else 1
 
 
 def _not_finite(row: Row, loss: float, norm: float) -> BadRow:
@@ -268,7 +336,8 @@ def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
         Tokens, at least 1.
     """
     parameters = sum(p.numel() for n, p in engine.module.named_parameters() if "embed" not in n)
-    return max(1, int(_WINDOW_FLOP.get(bench.device, _WINDOW_FLOP_GPU) / (4 * parameters)))
+    flop = _WINDOW_FLOP * default_workers(engine) if bench.device == "cpu" else _WINDOW_FLOP_GPU
+    return max(1, int(flop / (4 * parameters)))
 
 
 def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterator[tuple[list[Row], list[Example]]]:

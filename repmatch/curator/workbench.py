@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 OWN = "own:"
+# Tasks whose head has a row a label; a model for any other is the same whatever the labels.
+_CLASSED = frozenset([classification.NAME, images.NAME])
 # Padded tokens a batch on the CPU: measured best of 512 to 8192 for the embedded model (activations stay in the cache).
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 65536
@@ -76,6 +78,7 @@ class Workbench:
         device: where to compute.
         batch_tokens: padded tokens a batch may hold.
         warm: the adapter that the space starts from, None for a cold start.
+        fits_memory: whether the batch size may be changed to what the device's memory holds.
     """
 
     model: base_models.BaseModel | OwnModel
@@ -83,6 +86,7 @@ class Workbench:
     device: str
     batch_tokens: int
     warm: Adapter | None = None
+    fits_memory: bool = False
 
     @classmethod
     def build(cls, settings: Settings, form: str | None = None) -> Workbench:
@@ -106,7 +110,8 @@ class Workbench:
             seed=seed,
             optimizer=instance_step(settings.optimizer, settings.learning_rate, settings.steps),
         )
-        return cls(model, space, device, settings.batch_tokens or default_batch_tokens(device))
+        tokens = settings.batch_tokens or default_batch_tokens(device)
+        return cls(model, space, device, tokens, fits_memory=settings.batch_tokens is None)
 
     @classmethod
     def of_space(cls, space: Space, settings: Settings, store: Store | None = None) -> Workbench:
@@ -185,7 +190,8 @@ class Workbench:
         """
         if isinstance(self.model, OwnModel):
             return self.model.module.eval().requires_grad_(False).to(self.device)
-        return _module(self.model, self.space.task, labels, self.space.seed).to(self.device)
+        count = labels if self.space.task in _CLASSED else 2
+        return _module(self.model, self.space.task, count, self.space.seed).to(self.device)
 
     def start(self, labels: Sequence[str]) -> nn.Module:
         """Return the frozen model at the space's start: the base model, or with the warm start merged into it.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repmatch.curator.tasks.head_loss import linear_cross_entropy
 from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
 from repmatch.errors import InputError, ModelError
@@ -148,18 +149,22 @@ class CausalLanguage:
         Returns:
             (n,) float32 losses.
         """
-        if hasattr(module, "get_base_model"):  # peft's wrapper; its layers sit in the model itself
-            module = module.get_base_model()
+        unwrap: Any = getattr(module, "get_base_model", None)
+        if unwrap is not None:  # peft's wrapper; its layers sit in the model itself
+            module = unwrap()
         targets = inputs["labels"][:, 1:]
         keep = targets != IGNORED
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if self._short is None:
             self._short = _short_is_right(module, given, keep)
-        if self._short:
-            logits = _short_logits(module, given, keep)
-        else:
-            logits = module(**given, use_cache=False).logits[:, :-1][keep]
-        return mean_over_instances(functional.cross_entropy(logits.float(), targets[keep], reduction="none"), keep)
+        if not self._short:
+            logits = module(**given, use_cache=False).logits[:, :-1][keep].float()
+            return mean_over_instances(functional.cross_entropy(logits, targets[keep], reduction="none"), keep)
+        hidden, head = _before_head(module, given, keep)
+        if type(head) is nn.Linear and not head.weight.requires_grad:
+            return mean_over_instances(linear_cross_entropy(hidden, head, targets[keep]), keep)
+        logits = head(hidden).float()
+        return mean_over_instances(functional.cross_entropy(logits, targets[keep], reduction="none"), keep)
 
 
 def mean_over_instances(values: Tensor, keep: Tensor) -> Tensor:
@@ -177,10 +182,10 @@ def mean_over_instances(values: Tensor, keep: Tensor) -> Tensor:
     return total / keep.sum(dim=1).clamp_min(1)
 
 
-def _short_logits(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+def _before_head(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> tuple[Tensor, Any]:
+    """What the head reads at the positions that count, and the head."""
     hidden = module.base_model(**given, use_cache=False)[0][:, :-1]
-    logits: Tensor = module.get_output_embeddings()(hidden[keep])
-    return logits
+    return hidden[keep], module.get_output_embeddings()
 
 
 def _short_is_right(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> bool:
@@ -188,7 +193,8 @@ def _short_is_right(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> b
     few = {name: value[:1] for name, value in given.items()}
     with torch.no_grad():
         try:
-            short = _short_logits(module, few, keep[:1])
+            hidden, head = _before_head(module, few, keep[:1])
+            short = head(hidden)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
             return False
         full = module(**few, use_cache=False).logits[:, :-1][keep[:1]]

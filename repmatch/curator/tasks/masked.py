@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,6 +45,7 @@ class MaskedLanguage(SequenceClassification):
         if tokenizer.mask_token_id is None:
             raise ModelError("the tokenizer of this model has no mask token; expected one for --task masked-lm.")
         self._seed = seed
+        self._short: bool | None = None
 
     def target(self, row: Row) -> None:
         """Return nothing: the text is its own target."""
@@ -87,7 +89,30 @@ class MaskedLanguage(SequenceClassification):
         Returns:
             (n,) float32 losses; 0 for a text in which nothing could be hidden.
         """
+        unwrap: Any = getattr(module, "get_base_model", None)
+        if unwrap is not None:  # peft's wrapper; its layers sit in the model itself
+            module = unwrap()
         features = {name: value for name, value in inputs.items() if name != "labels"}
         keep = inputs["labels"] != IGNORED
-        logits = module(**features).logits[keep].float()
+        if self._short is None:
+            self._short = _short_is_right(module, features, keep)
+        logits = (_short_logits(module, features, keep) if self._short else module(**features).logits[keep]).float()
         return mean_over_instances(functional.cross_entropy(logits, inputs["labels"][keep], reduction="none"), keep)
+
+
+def _short_logits(module: Any, features: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    """The logits of the hidden tokens alone, where the head is the one module behind the base."""
+    (head,) = [child for child in module.children() if child is not module.base_model]
+    logits: Tensor = head(module.base_model(**features)[0][keep])
+    return logits
+
+
+def _short_is_right(module: Any, features: Mapping[str, Tensor], keep: Tensor) -> bool:
+    few, some = {name: value[:1] for name, value in features.items()}, keep[:1]
+    with torch.no_grad():
+        try:
+            short = _short_logits(module, few, some)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        full = module(**few).logits[some]
+    return short.shape == full.shape and torch.allclose(short.float(), full.float(), rtol=1e-3, atol=1e-4)

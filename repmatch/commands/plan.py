@@ -1,0 +1,51 @@
+"""The command `repmatch plan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from repmatch.commands.ingest import encoding_option, options_of, space_options
+from repmatch.context import Context, examples, json_option, pass_context
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@space_options
+@encoding_option
+@json_option
+@pass_context
+@examples(
+    """
+    repmatch plan reviews.jsonl
+    repmatch plan chats.jsonl --task causal-lm --model ./my-llama --encoding sign
+    """
+)
+def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Say what an ingest will take: instances a second, time, memory and size of the store.
+
+    FILE and options are those of ingest. All rows are read and checked, and some of them are computed for a few
+    seconds; nothing is stored.
+    """
+    from repmatch.curator.planning import human_time
+    from repmatch.curator.planning import plan as make
+
+    output = context.output
+    output.as_json = as_json
+    settings, options = options_of(given)
+    found = make(list(files), settings, options, output.progress)
+    output.close()
+    if as_json:
+        output.json(found.as_json())
+        return
+    bad = f", {found.bad} cannot be used" if found.bad else ""
+    output.line(f"{found.rows} rows of {found.tokens:.1f} tokens{bad}; {found.matrices} matrices")
+    output.line(f"{found.per_second:.1f} instances a second on {found.device}, in {found.precision}")
+    output.line(f"about {human_time(found.seconds)} in all")
+    output.line(
+        f"about {found.store_bytes / 1e6:,.0f} MB in a new store, {found.factor_bytes:,} bytes of factors a row"
+    )
+    output.line(f"about {found.memory_bytes / 1e6:,.0f} MB of memory")
+    if found.truncated:
+        output.hint(f"{found.truncated:.1%} of the rows are longer than the maximum length and would be cut there.")

@@ -1,0 +1,55 @@
+"""Cross entropy behind a linear head, without keeping the logits: the vocabulary is large and the memory small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Numbers that a piece of the logits holds at once.
+_PIECE = 1 << 24
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradient at the head's input along with the loss, piece by piece."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, _PIECE // len(weight))
+        losses, gradients = [], []
+        for at in range(0, len(hidden), rows):
+            part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
+            logits = functional.linear(part, weight, bias).float()
+            total = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses.append((total - logits.gather(1, wanted))[:, 0])
+            if ctx.needs_input_grad[0]:
+                # ∂L/∂logits is the softmax less one at the wanted token; the logits are not needed any more.
+                softmax = logits.sub_(total).exp_()
+                softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
+                gradients.append((softmax.to(weight.dtype) @ weight).to(hidden.dtype))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
+        return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    """Compute the cross entropy of a frozen linear head's logits.
+
+    Args:
+        hidden: (k, d), what the head reads.
+        head: the frozen head.
+        targets: (k,) int64, the wanted tokens.
+
+    Returns:
+        (k,) float32 losses.
+    """
+    apply: Any = _LinearCrossEntropy.apply
+    found: Tensor = apply(hidden, head.weight, head.bias, targets)
+    return found
