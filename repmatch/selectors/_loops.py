@@ -78,8 +78,9 @@ def exact_gain(kernel: NDArray[Any], index: int, by_row: bool, cover: NDArray[np
 
 @compiled
 def lower_sparse(
+    starts: NDArray[np.int64],
     neighbours: NDArray[np.int32],
-    values: NDArray[np.float32],
+    values: NDArray[Any],
     raised: NDArray[np.int64],
     old: NDArray[np.float64],
     new: NDArray[np.float64],
@@ -87,9 +88,107 @@ def lower_sparse(
 ) -> None:
     """Do what lower_gains does where each row keeps a few candidates."""
     for r in range(raised.shape[0]):
-        i = raised[r]
-        for p in range(neighbours.shape[1]):
-            gains[neighbours[i, p]] -= min(max(np.float64(values[i, p]), old[r]), new[r]) - old[r]
+        a, b = old[r], new[r]
+        for p in range(starts[raised[r]], starts[raised[r] + 1]):
+            lost = min(max(np.float64(values[p]), a), b) - a
+            if lost > 0.0:
+                gains[neighbours[p]] -= lost
+
+
+@compiled
+def add_sparse(
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+    cover: NDArray[np.float64],
+    gains: NDArray[np.float64],
+) -> None:
+    """Add what every kept entry exceeds its row's cover by to its candidate's gain."""
+    for i in range(starts.shape[0] - 1):
+        for p in range(starts[i], starts[i + 1]):
+            gains[neighbours[p]] += max(np.float64(values[p]) - cover[i], 0.0)
+
+
+@compiled
+def turn_sparse(
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+    ends: NDArray[np.int64],
+    rows: NDArray[np.int32],
+    turned: NDArray[Any],
+) -> None:
+    """List by candidate what is listed by row; `ends` holds each candidate's start and is moved to its end."""
+    for i in range(starts.shape[0] - 1):
+        for p in range(starts[i], starts[i + 1]):
+            j = neighbours[p]
+            rows[ends[j]] = i
+            turned[ends[j]] = values[p]
+            ends[j] += 1
+
+
+@compiled
+def count_above(block: NDArray[Any], floor: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.int64]) -> None:
+    """Count, for rows lo..hi of a block, the entries above the row's floor."""
+    for i in range(lo, hi):
+        line, least = block[i], floor[i]
+        found = 0
+        for j in range(line.shape[0]):
+            found += np.float64(line[j]) > least
+        out[i] = found
+
+
+@compiled
+def take_above(
+    block: NDArray[Any],
+    floor: NDArray[np.float64],
+    first: int,
+    lo: int,
+    hi: int,
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+) -> None:
+    """List, for rows lo..hi of a block whose columns start at `first`, the entries above the row's floor."""
+    for i in range(lo, hi):
+        line, least, p = block[i], floor[i], starts[i]
+        for j in range(line.shape[0]):
+            if np.float64(line[j]) > least:
+                neighbours[p] = first + j
+                values[p] = line[j]
+                p += 1
+
+
+@compiled
+def count_above_by_column(
+    block: NDArray[Any], floor: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.int64]
+) -> None:
+    """Count, for columns lo..hi of a block, the entries above the column's floor."""
+    for i in range(block.shape[0]):
+        line, least, found = block[i, lo:hi], floor[lo:hi], out[lo:hi]
+        for j in range(hi - lo):
+            found[j] += np.float64(line[j]) > least[j]
+
+
+@compiled
+def take_above_by_column(
+    block: NDArray[Any],
+    floor: NDArray[np.float64],
+    first: int,
+    lo: int,
+    hi: int,
+    ends: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+) -> None:
+    """List, for columns lo..hi of a block whose rows start at `first`, the entries above the column's floor."""
+    for i in range(block.shape[0]):
+        line = block[i]
+        for j in range(lo, hi):
+            if np.float64(line[j]) > floor[j]:
+                neighbours[ends[j]] = first + i
+                values[ends[j]] = line[j]
+                ends[j] += 1
 
 
 @compiled

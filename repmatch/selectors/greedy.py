@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import represent
-from repmatch.selectors.constraints import Constraints, Tracker, positions
+from repmatch.selectors.constraints import Constraints, Tracker, demand, positions
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
+from repmatch.selectors.spacing import Spacing
 
 Progress = Callable[[int, int], None]
 Search = Literal["auto", "plain", "lazy", "stochastic"]
@@ -26,6 +27,7 @@ class State(ABC):
     Attributes:
         n: candidates.
         name: the algorithm, for the result.
+        reason: why this algorithm, for the result.
         bounded: gains never rise and are never negative (monotone, submodular): certificates hold.
         kernel: for representatives, or None.
     """
@@ -33,6 +35,7 @@ class State(ABC):
     n: int
     name = "plain"
     bounded = True
+    reason = ""
     kernel: Kernel | None = None
 
     @abstractmethod
@@ -120,9 +123,11 @@ def run(
         The selection; after KeyboardInterrupt the picks so far, marked incomplete.
     """
     base = 0.0
+    near = Spacing(state.kernel, rules, tracker)
     for index in positions(rules.given, state.n, "given"):
         base += state.gain(int(index))
         state.add(int(index), -1)
+        near.close(int(index))
     indices: list[int] = []
     gains: list[float] = []
     notes, complete = tracker.notes, True
@@ -145,6 +150,7 @@ def run(
                 break
             tracker.add(index)
             state.add(index, len(indices))
+            near.close(index)
             indices.append(index)
             gains.append(gain)
             value += gain
@@ -155,7 +161,7 @@ def run(
     if value >= target:
         notes += (f"stopped at {len(indices)} of {k} picks: coverage {rules.coverage} is reached",)
     elif complete and rules.min_gain is None and tracker.costs is None:
-        _demand(tracker, len(indices), k)
+        notes += demand(rules, tracker, len(indices), k)
     picks = np.array(indices, np.int64)
     free[picks] = False
     if complete:
@@ -172,15 +178,9 @@ def run(
         algorithm=state.name + (", gain per cost" if by_rate else ""),
         notes=notes,
         complete=complete,
+        reason=state.reason,
+        cost=None if tracker.costs is None else float(tracker.costs[picks].sum()),
     )
-
-
-def _demand(tracker: Tracker, made: int, k: int) -> None:
-    """Refuse a result that misses what was asked for: rules that exclude each other only show along the way."""
-    if made < k:
-        owed = tracker.owed()
-        missing = "; still owed: " + ", ".join(owed) if owed else ""
-        raise SelectionError(f"the rules together allow only {made} of {k} picks{missing}")
 
 
 def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float64] | None, budget: float) -> float:

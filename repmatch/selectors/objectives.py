@@ -222,6 +222,37 @@ class MeanMatch(Objective):
         self.count += 1
 
 
+class ScoreSum(Objective):
+    """The sum of the picks' scores: for mixtures, so that good instances are preferred among representative ones."""
+
+    cheap = True
+
+    def __init__(self, scores: ArrayLike, *, kernel: Kernel | None = None) -> None:
+        """Take scores.
+
+        Args:
+            scores: (n,) floats of at least 0.
+            kernel: for the representatives only.
+        """
+        self.scores = np.asarray(scores, np.float64)
+        if self.scores.ndim != 1 or not np.isfinite(self.scores).all() or (self.scores < 0).any():
+            raise SelectionError(
+                f"scores {self.scores.shape} can't be summed: expected (n,) finite numbers, at least 0"
+            )
+        self.n, self.kernel = len(self.scores), kernel
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        return self.scores[indices]
+
+    def add(self, index: int) -> None:
+        """Note a pick: nothing changes."""
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return float(self.scores.sum())
+
+
 class Mixture(Objective):
     """A weighted sum of objectives."""
 

@@ -25,6 +25,9 @@ class Selection:
         algorithm: name of the algorithm that made it.
         notes: what the user should know: quotas that could not be met, a run that was stopped.
         complete: False where the run was stopped early; its picks are those that the whole run begins with.
+        reason: why this algorithm, where it was chosen automatically.
+        cost: what the picks cost together, None without costs.
+        seed: of the strategies that draw, None for the others.
     """
 
     indices: NDArray[np.int64]
@@ -37,6 +40,9 @@ class Selection:
     algorithm: str
     notes: tuple[str, ...] = ()
     complete: bool = True
+    reason: str = ""
+    cost: float | None = None
+    seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -46,6 +52,11 @@ class Selection:
         """(k,) int64, how many instances each pick represents."""
         kept = self.representative[self.representative >= 0]
         return np.bincount(kept, minlength=len(self.indices)).astype(np.int64)
+
+    @property
+    def cumulative(self) -> NDArray[np.float64]:
+        """(k,) float64, the objective after each pick: every prefix is a coreset of its own."""
+        return np.asarray(self.value - self.gains.sum() + np.cumsum(self.gains), np.float64)
 
     @property
     def certainty(self) -> float | None:
