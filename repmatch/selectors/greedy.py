@@ -132,7 +132,7 @@ def run(
     gains: list[float] = []
     notes, complete = tracker.notes, True
     budget, free = tracker.left, tracker.allowed.copy()
-    bound = _most(state, free, k, tracker.costs, budget)
+    bound = first = _most(state, free, k, tracker.costs, budget)
     target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
     value = base
     queue = positions(rules.include, state.n, "include").tolist()
@@ -165,7 +165,10 @@ def run(
     picks = np.array(indices, np.int64)
     free[picks] = False
     if complete:
-        bound = min(bound, value - base + _most(state, free, k, tracker.costs, budget))
+        size = len(indices) if tracker.costs is None else k
+        bound = value - base + _most(state, free, size, tracker.costs, budget)
+        bound = min(bound, first) if size == k else bound
+        notes += _idle(state, rules, gains)
     representative, similarity = state.represented(picks) if complete else represent(state.kernel, picks, state.n)
     return Selection(
         indices=picks,
@@ -180,7 +183,16 @@ def run(
         complete=complete,
         reason=state.reason,
         cost=None if tracker.costs is None else float(tracker.costs[picks].sum()),
+        base=base,
     )
+
+
+def _idle(state: State, rules: Constraints, gains: list[float]) -> tuple[str, ...]:
+    """Say so where the last picks add nothing."""
+    if not state.bounded or not gains or gains[-1] > 0.0 or len(gains) <= len(rules.include):
+        return ()
+    useful = max((i + 1 for i, gain in enumerate(gains) if gain > 0.0), default=0)
+    return (f"the last {len(gains) - useful} picks gain nothing: {useful} reach the same",)
 
 
 def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float64] | None, budget: float) -> float:

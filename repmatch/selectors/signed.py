@@ -72,4 +72,5 @@ def _vectors(factors: Factors, m: int) -> Floats:
         return block[:, :, 0]
     cores = np.asarray(factors.cores[:, m], np.float32)
     length = np.linalg.norm(cores, axis=(1, 2), keepdims=True)
-    return np.matmul(block, cores / np.where(length > 0, length, 1.0)).reshape(len(factors), -1)
+    out: Floats = np.matmul(block, cores / np.where(length > 0, length, 1.0)).reshape(len(factors), -1)
+    return out
