@@ -214,3 +214,56 @@ def swap_gains(
             out[nearest[i]] += c - second[i]
     for p in range(out.shape[0]):
         out[p] += shared
+
+
+@compiled
+def cover_gains(
+    lines: NDArray[Any],
+    which: NDArray[np.int64],
+    cover: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Set out[lo:hi] to Σ_i max(lines[which, i] − cover_i, 0)."""
+    for c in range(lo, hi):
+        line = lines[which[c]]
+        total = 0.0
+        for i in range(line.shape[0]):
+            total += max(np.float64(line[i]) - cover[i], 0.0)
+        out[c] = total
+
+
+@compiled
+def room_gains(
+    lines: NDArray[Any], which: NDArray[np.int64], room: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.float64]
+) -> None:
+    """Set out[lo:hi] to Σ_i min(max(lines[which, i], 0), room_i)."""
+    for c in range(lo, hi):
+        line = lines[which[c]]
+        total = 0.0
+        for i in range(line.shape[0]):
+            total += min(max(np.float64(line[i]), 0.0), room[i])
+        out[c] = total
+
+
+@compiled
+def root_gains(
+    features: NDArray[np.float64],
+    which: NDArray[np.int64],
+    total: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Set out[lo:hi] to Σ_f w_f (√(total_f + x_f) − √total_f)."""
+    before = 0.0
+    for f in range(total.shape[0]):
+        before += weights[f] * np.sqrt(total[f])
+    for c in range(lo, hi):
+        line = features[which[c]]
+        after = 0.0
+        for f in range(total.shape[0]):
+            after += weights[f] * np.sqrt(total[f] + line[f])
+        out[c] = after - before
