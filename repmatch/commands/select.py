@@ -24,9 +24,10 @@ class Pair(click.ParamType[tuple[str, float]]):
         """Return the name and the number."""
         name, _, number = str(value).rpartition("=")
         try:
-            return name.strip() if name.strip() else self.fail(f"{value!r} names nothing", param, ctx), float(number)
+            found = name.strip(), float(number)
         except ValueError:
-            self.fail(f"{value!r} is not NAME=NUMBER, such as trade=1.5", param, ctx)
+            found = "", 0.0
+        return found if found[0] else self.fail(f"{value!r} is not NAME=NUMBER, such as trade=1.5", param, ctx)
 
 
 class Quota(click.ParamType[tuple[str, str, int]]):

@@ -118,7 +118,9 @@ class SelectOptions:
                 parts.append(name.replace("_", "-") + ("" if value is True else f"-{_short(value)}"))
         whole = "-".join(parts)
         name = re.sub(r"[^\w.-]+", "_", whole).strip("_-.")
-        return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest(whole)[:8]}"
+        # Characters that a name can't have must not make two selections one.
+        same = len(name) <= LONGEST and not re.search(r"[^\w.%\[\]<>=' +-]", whole)
+        return name if same else f"{name[: LONGEST - 9]}-{digest(whole)[:8]}"
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from repmatch.selectors.objectives import (
     Mixture,
     SaturatedCoverage,
     ScoreSum,
+    SetFunction,
 )
 from repmatch.selectors.registry import Entry, Problem, register, select, strategies, strategy
 from repmatch.selectors.selection import Selection
@@ -53,6 +54,7 @@ __all__ = [
     "ScoreSum",
     "Selection",
     "Selector",
+    "SetFunction",
     "SignedKernel",
     "SparseKernel",
     "as_kernel",

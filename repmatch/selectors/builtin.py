@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 
 from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import random, top
+from repmatch.selectors.constraints import check_size
 from repmatch.selectors.facility import Algorithm, facility_location
 from repmatch.selectors.greedy import Objective, Search
 from repmatch.selectors.medoids import k_medoids
@@ -103,8 +105,13 @@ def _thin(problem: Problem) -> Selection:
             "thin takes a limit of similarity, apart, and what to exclude; "
             + (f"{others[0]} goes with top or facility-location, and so does apart" if others else "give apart")
         )
+    check_size(problem.n, problem.k)
     kernel = problem.need_kernel()
-    return thin(kernel, rules.apart, scores=problem.scores, limit=problem.k, exclude=rules.exclude)
+    found = thin(kernel, rules.apart, scores=problem.scores, limit=problem.k, exclude=rules.exclude)
+    if len(found) < problem.k:
+        note = f"{len(found)} of {problem.k} picks: every other instance is more similar than {rules.apart} to a pick"
+        found = replace(found, notes=(note,))
+    return found
 
 
 @register("top", "The highest scores.", needs=("scores",))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.errors import SelectionError
+from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.quotas import Labels, equal_quotas, group, proportional_quotas
 
 Positions = Sequence[int] | NDArray[np.integer[Any]]
@@ -35,6 +36,7 @@ class Constraints:
         min_gain: stop before a pick that gains less.
         coverage: stop once the value reaches this share of what all instances together reach, 0 to 1.
         apart: no two picks, nor a pick and one given, are more similar than this; fewer than k where no more fit.
+        apart_by: the similarities that `apart` speaks of; those that the picks are chosen by, unless given.
     """
 
     balance: Labels | None = None
@@ -50,11 +52,12 @@ class Constraints:
     min_gain: float | None = None
     coverage: float | None = None
     apart: float | None = None
+    apart_by: Kernel | None = None
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the rules that are set."""
         found = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return tuple(n for n, v in found if v is not None and (not hasattr(v, "__len__") or len(v)))
+        return tuple(n for n, v in found if n != "apart_by" and v is not None and (not hasattr(v, "__len__") or len(v)))
 
     def tracker(self, n: int, k: int) -> Tracker:
         """Return the rules as a tracker of what may still be picked.

@@ -67,6 +67,8 @@ def facility_location(
         SelectionError: a kernel, size or quota that can't be used.
     """
     given = as_kernel(kernel, represented)
+    if constraints is not None and constraints.apart is not None and constraints.apart_by is None:
+        constraints = replace(constraints, apart_by=given)  # whatever an algorithm keeps of it
     (constraints or Constraints()).tracker(given.shape[1], k)  # refuse what can't be met before anything is computed
     if algorithm not in get_args(Algorithm):
         raise SelectionError(f"there is no algorithm {algorithm!r}: expected one of {', '.join(get_args(Algorithm))}")

@@ -14,7 +14,7 @@ from repmatch.selectors.baselines import represent
 from repmatch.selectors.constraints import Constraints, Partition, Positions
 from repmatch.selectors.facility import Algorithm, facility_location
 from repmatch.selectors.greedy import Progress
-from repmatch.selectors.kernels import DEFAULT_LIMIT, DenseKernel, FactorKernel, Kernel, as_kernel
+from repmatch.selectors.kernels import DEFAULT_LIMIT, DenseKernel, FactorKernel, Kernel, among_candidates, as_kernel
 from repmatch.selectors.selection import Selection
 
 PART = 10_000  # instances of a part by default
@@ -43,13 +43,15 @@ class _Rounds:
             sizes = np.bincount(groups, minlength=len(self.quotas.names))
             asked = np.maximum(self.quotas.lower, np.where(self.quotas.upper < self.k, self.quotas.upper, 0))
             quota = np.minimum(np.ceil(factor * asked).astype(np.int64), sizes)
-            rules = Constraints(groups=groups, at_least=dict(enumerate(quota.tolist())) if len(members) else {})
+            rules = Constraints(groups=groups, at_least={g: q for g, q in enumerate(quota.tolist()) if q})
             wanted = min(len(members), max(wanted, int(quota.sum())))
         if self.rules.costs is not None and self.rules.budget is not None:
             costs = np.asarray(self.rules.costs, np.float64)[members]
             rules = replace(rules, costs=costs, budget=max(factor * self.rules.budget, float(costs.min(initial=0.0))))
         part = split(self.kernel, members, members)
-        return members[facility_location(part, wanted, constraints=rules, progress=progress).indices]
+        algorithm: Algorithm = "incremental" if part.dense() is not None else "pruned"
+        found = facility_location(part, wanted, constraints=rules, algorithm=algorithm, progress=progress)
+        return members[found.indices]
 
     def pool(self, proposed: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the candidates of the second round: all proposals, what must be there, and enough of every group."""
@@ -73,6 +75,8 @@ class _Rounds:
             return np.searchsorted(pool, np.asarray(values, np.int64))
 
         within = Constraints(include=place(rules.include), given=place(rules.given), apart=rules.apart)
+        if rules.apart is not None:
+            within = replace(within, apart_by=split(among_candidates(rules.apart_by or self.kernel), pool, pool))
         if self.quotas is not None:
             both = zip(self.quotas.lower.tolist(), self.quotas.upper.tolist(), strict=True)
             present = np.unique(self.quotas.groups[pool]).tolist()
@@ -88,7 +92,7 @@ class _Rounds:
         k = min(self.k, len(pool) - len(rules.given))
         kernel = split(self.kernel, rows, pool)
         limit = kernel.memory_limit if isinstance(kernel, FactorKernel) else DEFAULT_LIMIT
-        algorithm: Algorithm = "auto" if 4 * len(rows) * len(pool) <= limit else "sparse"
+        algorithm: Algorithm = "incremental" if 4 * len(rows) * len(pool) <= limit else "sparse"
         return facility_location(kernel, k, constraints=within, algorithm=algorithm, progress=progress)
 
 

@@ -271,6 +271,38 @@ class ScoreSum(Objective):
         return float(self.scores.sum())
 
 
+class SetFunction(Objective):
+    """Any function of a set, called on the picks and one candidate more: nothing is assumed of it."""
+
+    falling = False
+    monotone = False
+
+    def __init__(self, value: Callable[[NDArray[np.int64]], float], n: int, *, kernel: Kernel | None = None) -> None:
+        """Take a function.
+
+        Args:
+            value: gives the value of (t,) positions, t of at least 1.
+            n: candidates.
+            kernel: for the representatives only.
+        """
+        self.function, self.n, self.kernel = value, n, kernel
+        self.picks: list[int] = []
+        self.value = 0.0
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        values = [float(self.function(np.array([*self.picks, j], np.int64))) for j in indices.tolist()]
+        if not np.isfinite(values).all():
+            place = int(indices[int(np.argmin(np.isfinite(values)))])
+            raise SelectionError(f"the function is {values[list(indices).index(place)]} with instance {place}")
+        return np.asarray(values, np.float64) - self.value
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.picks.append(index)
+        self.value = float(self.function(np.array(self.picks, np.int64)))
+
+
 class Mixture(Objective):
     """A weighted sum of objectives."""
 

@@ -27,7 +27,9 @@ class Spacing:
             SelectionError: picks are to be kept apart and nothing says how similar they are.
         """
         self.limit, self.tracker = rules.apart, tracker
-        self.kernel = None if rules.apart is None else among_candidates(kernel)
+        self.kernel = None
+        if rules.apart is not None:
+            self.kernel = among_candidates(kernel if rules.apart_by is None else rules.apart_by)
 
     def close(self, index: int) -> None:
         """Rule out what is too similar to a pick.
