@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench clean
+.PHONY: help install demo test test-slow lint wheel bench bench-select clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,13 @@ wheel: $(STAMP) ## Build the wheel and try it in an empty environment
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py
+
+PEERS := build/select-peers
+bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib-py, in an environment of their own
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check apricot-select==0.6.1 scikit-learn submodlib-py==0.0.3
+	$(BIN)/python benchmarks/bench_select.py --peers $(PEERS)/bin/python
+	$(BIN)/python benchmarks/bench_select.py --codes 20000 50000 100000 --k 1000 --save build/select_codes.jsonl
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis repmatch-demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +15,11 @@ from conftest import Run, toy_rows, write_rows
 from oracle_selectors import coverage
 
 import repmatch
+from repmatch.cli import cli
 from repmatch.curator.select_options import SelectArguments, SelectOptions
 from repmatch.errors import UsageError
 from repmatch.output import Output
-from repmatch.selectors import FactorKernel, facility_location, represent
+from repmatch.selectors import FactorKernel, facility_location, represent, strategies
 
 ROWS = {str(row["id"]): row for row in toy_rows()}
 
@@ -266,3 +268,30 @@ def test_made_up_names_tell_selections_apart() -> None:
     assert len(names) == 9
     assert max(map(len, names)) <= 100
     assert "d-facility-location-all-budget-2.5" in names
+
+
+def test_the_guide_names_every_option_and_its_code_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "selection.md").read_text(encoding="utf-8")
+    command = cli.commands["select"]
+    options = {o for p in command.params for o in p.opts if o.startswith("--")}
+    shared = {"--name", "--replace", "--seed", "--model", "--device", "--wait", "--json"}
+    mentioned = set(re.findall(r"--[a-z][a-z-]+", text))
+    assert mentioned - {"--param"} <= options | {"--param"}
+    assert options - shared <= mentioned
+    for name in strategies():
+        if strategies()[name].solve.__module__.startswith("repmatch."):
+            assert f"| `{name}`" in text
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "selection.md", "exec"), {})
+
+
+def test_the_guides_commands_run(run: Run, toy_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "selection.md").read_text(encoding="utf-8")
+    printed = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ repmatch")]
+    assert len(printed) == 3
+    for words in printed:
+        told = [w.replace("docs", "toy").replace("label=text", "label=no").replace("'text'", "'no'") for w in words[1:]]
+        result = run("--store", toy_store, *told)
+        assert result.code == 0, (told, result.err)
