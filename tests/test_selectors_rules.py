@@ -328,3 +328,37 @@ def test_swaps_under_interruption_keep_the_greedy_picks() -> None:
 
     found = k_medoids(KERNEL, 9, progress=stop)
     assert (len(found), found.complete, found.strategy) == (4, False, "k-medoids")
+
+
+def test_swaps_that_are_interrupted_leave_all_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from repmatch.selectors import medoids
+
+    def stop(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(medoids._Swaps, "improve", stop)
+    found = k_medoids(KERNEL, 9)
+    assert found.indices.tolist() == facility_location(KERNEL, 9).indices.tolist()
+    assert found.notes == ("0 swaps after greedy; interrupted, so that more may help",)
+
+
+def test_parts_that_are_interrupted() -> None:
+    def at(stop: int) -> Any:
+        def tell(done: int, _: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return tell
+
+    with pytest.raises(KeyboardInterrupt):
+        partitioned(KERNEL, 6, parts=2, progress=at(4))
+    found = partitioned(KERNEL, 6, parts=2, progress=at(18 + 4))
+    assert (len(found), found.complete) == (4, False)
+    assert found.indices.tolist() == partitioned(KERNEL, 6, parts=2).indices[:4].tolist()
+
+
+def test_spacing_looks_at_all_similarities_whatever_an_algorithm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repmatch.selectors.facility.enough_neighbours", lambda n, k: 3)
+    found = facility_location(KERNEL, 12, constraints=Constraints(apart=0.2), algorithm="sparse")
+    assert found.algorithm == "sparse"
+    assert among(KERNEL, found.indices) <= 0.2

@@ -51,6 +51,8 @@ class _Rounds:
         part = split(self.kernel, members, members)
         algorithm: Algorithm = "incremental" if part.dense() is not None else "pruned"
         found = facility_location(part, wanted, constraints=rules, algorithm=algorithm, progress=progress)
+        if not found.complete:  # proposals of some parts only are no selection
+            raise KeyboardInterrupt
         return members[found.indices]
 
     def pool(self, proposed: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,7 +122,8 @@ def partitioned(
             allow, and all where there are fewer.
         constraints: every rule but min_gain and coverage; balance or stratify not together with groups.
         seed: for the parts and the sample.
-        progress: called with picks made and wanted, both rounds together.
+        progress: called with picks made and wanted, both rounds together. KeyboardInterrupt in the second round leaves
+            its picks so far; in the first it is raised, for there is nothing yet.
 
     Returns:
         The selection; value and gains are estimates from the sample where there are more instances than `represented`,
