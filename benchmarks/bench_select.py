@@ -7,9 +7,9 @@
 PYTHON is the interpreter of an environment of its own with the peers, which `make bench-select` makes in
 build/select-peers: apricot-select with scikit-learn, which it imports without saying so, and submodlib-py. A peer that
 is missing there is skipped. Every run is a process of its own on one thread, on the same array; see
-`select_contestants.py`. Shown are the least seconds of some runs for the greedy alone and with the kernel made from
-the vectors, the objective in float64 relative to ours, and peak memory above the process without input, relative to
-the input's size.
+`select_contestants.py`. Shown are the least processor seconds of some runs, for the greedy alone and with the kernel
+made from the vectors, the objective in float64 relative to ours, and peak memory above the process without input,
+relative to the input's size.
 
 With --codes, all cores, a process an algorithm; see `select_codes.py`. Quality is the share of the margin between
 chance (two random draws) and exact greedy that an algorithm recovers. Results are added as JSON lines to --save.
@@ -84,8 +84,8 @@ def contest_one(python: str, who: str, objective: str, folder: Path, given: argp
             return found
         if isinstance(best, str):
             best = found
-        best["seconds"] = min(best["seconds"], found["seconds"])
-        best["kernel"] = min(best["kernel"], found["kernel"])
+        for name in ("seconds", "kernel", "wall"):
+            best[name] = min(best[name], found[name])
         if best["seconds"] > given.limit / 4:
             break
     if isinstance(best, dict):
@@ -129,8 +129,8 @@ def _rows(objective: str, folder: Path, given: argparse.Namespace, k: int) -> li
         ours = ours or found
         whole, own = found["seconds"] + found["kernel"], ours["seconds"] + ours["kernel"]
         rows.append(
-            f"{who:18} greedy {found['seconds']:8.3f} s ({found['seconds'] / ours['seconds']:6.1f}x)"
-            f"  with kernel {whole:8.3f} s ({whole / own:5.1f}x)"
+            f"{who:18} greedy {found['seconds']:8.3f} cpu s ({found['seconds'] / ours['seconds']:6.1f}x)"
+            f"  with kernel {whole:8.3f} cpu s ({whole / own:5.1f}x)"
             f"  objective {found['value'] / ours['value']:.7f}  peak {found['memory']:5.2f} x input"
         )
     return rows
@@ -151,7 +151,7 @@ def large(n: int, given: argparse.Namespace) -> None:
             "n": n,
             "k": given.k[0],
             "clusters": given.clusters,
-            "others": watch.others,
+            "others": round(watch.others, 2),
             **json.loads(done.stdout.strip().splitlines()[-1]),
         }
         if given.save:
@@ -166,10 +166,11 @@ def show(results: list[dict[str, Any]]) -> None:
         if result["name"] == "random":
             continue
         part = share(result, results)
+        busy = "" if result["others"] is None else f"  (others used {result['others']} cores)"
         print(
             f"n {result['n']:>9,}  k {result['k']:>6,}  clusters {result['clusters']:>4}  {result['algorithm']:12}"
             f" {result['seconds']:8.1f} s  {result['cpu']:8.1f} cpu s  {result['peak'] / 2**30:5.2f} GiB"
-            f"  share {'     ?' if part is None else f'{part:6.4f}'}  (others used {result['others']:.2f} cores)",
+            f"  share {'     ?' if part is None else f'{part:6.4f}'}{busy}",
             flush=True,
         )
 

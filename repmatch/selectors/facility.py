@@ -30,7 +30,7 @@ BATCH = 256  # columns that the lazy algorithm computes at a time
 BATCH_BYTES = 256 << 20
 KEPT = 16  # leading columns kept until the pick is made
 FIRST_LOOK = 8  # picks before a pruned pass is thought of, and between two such thoughts
-MOST_PAIRS = 1.5e10  # pairs of one pass that an exact algorithm is chosen for
+MOST_PAIRS = 5e9  # pairs of one pass that an exact algorithm is chosen for
 
 
 def facility_location(
@@ -56,7 +56,7 @@ def facility_location(
             computes columns where they are needed, in memory of O(n) and one block of columns. Not exact: "sparse"
             keeps the nearest candidates of each instance only, at least 4 n/k of them; "partitioned" works in parts;
             "stochastic" looks at a sample of candidates a pick. "auto" takes incremental where the kernel fits its
-            memory limit, else pruned up to 1.5e10 pairs, else partitioned.
+            memory limit, else pruned up to 5e9 pairs, else partitioned.
         seed: for the stochastic algorithm.
         progress: called after each pick with picks made and wanted. KeyboardInterrupt ends the run early.
 
