@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench bench-engine clean
+.PHONY: help install demo test test-slow lint wheel bench bench-engine bench-select clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,15 +46,22 @@ bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 
 # The peers want other dependencies than we do, so they get an environment of their own. torchaudio and torchvision are
 # not used by either, and a build of them that does not fit torch keeps transformers from loading.
-PEERS := build/peers
-$(PEERS)/.installed:
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers peft traker==0.3.2 bergson==2.5.1
-	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchaudio torchvision
+ENGINE_PEERS := build/peers
+$(ENGINE_PEERS)/.installed:
+	$(PYTHON) -m venv $(ENGINE_PEERS)
+	$(ENGINE_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers peft traker==0.3.2 bergson==2.5.1
+	$(ENGINE_PEERS)/bin/python -m pip uninstall --quiet --yes torchaudio torchvision
 	@touch $@
 
-bench-engine: $(STAMP) $(PEERS)/.installed ## Measure the factor engine beside loops, TRAK and Bergson (slow; see benchmarks/README.md)
-	$(BIN)/python benchmarks/bench_engine.py --peers $(PEERS)/bin/python
+bench-engine: $(STAMP) $(ENGINE_PEERS)/.installed ## Measure the factor engine beside loops, TRAK and Bergson (slow; see benchmarks/README.md)
+	$(BIN)/python benchmarks/bench_engine.py --peers $(ENGINE_PEERS)/bin/python
+
+SELECT_PEERS := build/select-peers
+bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib-py, in an environment of their own
+	test -x $(SELECT_PEERS)/bin/python || $(PYTHON) -m venv $(SELECT_PEERS)
+	$(SELECT_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check apricot-select==0.6.1 scikit-learn submodlib-py==0.0.3
+	$(BIN)/python benchmarks/bench_select.py --peers $(SELECT_PEERS)/bin/python
+	$(BIN)/python benchmarks/bench_select.py --codes 20000 50000 100000 --k 1000 --save build/select_codes.jsonl
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis repmatch-demo

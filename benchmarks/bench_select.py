@@ -1,21 +1,18 @@
-"""Facility location against other packages, and on kernels too large to keep. Run by hand on a quiet machine.
+"""Selection against other packages, and on kernels too large to keep. `make bench-select` runs all of it.
 
-    python benchmarks/bench_select.py --n 10000 --k 100 1000 --peers PYTHON
-    python benchmarks/bench_select.py --codes 100000 --k 1000 --algorithms partitioned sparse lazy
-    python benchmarks/bench_select.py --codes 1000000 --k 1000 --algorithms partitioned
+    python benchmarks/bench_select.py --peers PYTHON [--objectives facility-location dpp] [--n 10000] [--k 100 1000]
+    python benchmarks/bench_select.py --codes 100000 --k 1000 --algorithms partitioned pruned
+    python benchmarks/bench_select.py --plot benchmarks/results/select_codes.jsonl docs/selection.svg
 
-PYTHON is the interpreter of an environment of its own that holds the peers; a peer that is missing there is skipped:
+PYTHON is the interpreter of an environment of its own with the peers, which `make bench-select` makes in
+build/select-peers: apricot-select with scikit-learn, which it imports without saying so, and submodlib-py. A peer that
+is missing there is skipped. Every run is a process of its own on one thread, on the same array; see
+`select_contestants.py`. Shown are the least processor seconds of some runs, for the greedy alone and with the kernel
+made from the vectors, the objective in float64 relative to ours, and peak memory above the process without input,
+relative to the input's size.
 
-    python -m venv peers && peers/bin/pip install apricot-select submodlib-py
-
-Every run is a process of its own on one thread: n clustered unit vectors, the squared-cosine kernel in float32, the
-same array for everyone. "greedy" is the selection alone, "whole" includes making the kernel from the vectors. Printed
-are seconds, the ratio to repmatch, the objective relative to repmatch's, and the peak of resident memory above what was
-resident once the input was loaded.
-
-With --codes, n sign codes of 12 matrices × 384 bits in clusters, all cores: seconds, and what share of the margin
-between two random draws and exact greedy each algorithm reaches, where an exact one ("incremental", "lazy") is among
-them. Peak memory there is what a run adds to the highest of the runs before it.
+With --codes, all cores, a process an algorithm; see `select_codes.py`. Quality is the share of the margin between
+chance (two random draws) and exact greedy that an algorithm recovers. Results are added as JSON lines to --save.
 """
 
 from __future__ import annotations
@@ -23,203 +20,237 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
+import select_contestants as contest
 
+HERE = Path(__file__).parent
 ONE_THREAD = {
-    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-} | {"REPMATCH_THREADS": "1"}
-
-
-def vectors(n: int, d: int = 384, clusters: int = 200, seed: int = 0) -> np.ndarray:
-    """Return (n, d) float32 unit rows in clusters of uneven size."""
-    rng = np.random.default_rng(seed)
-    share = rng.dirichlet(np.ones(clusters))
-    centres = rng.standard_normal((clusters, d)).astype(np.float32)
-    x = centres[rng.choice(clusters, n, p=share)] + rng.standard_normal((n, d)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def squared_cosines(x: np.ndarray) -> np.ndarray:
-    """Return the (n, n) kernel."""
-    kernel = x @ x.T
-    np.square(kernel, out=kernel)
-    return kernel
-
-
-def as_factors(x: np.ndarray) -> Any:
-    """Return the vectors as factors of one matrix."""
-    from repmatch.datamodels import Factors, Layout, Matrix
-
-    layout = Layout((Matrix("m", x.shape[1], 1),), 1)
-    ids = tuple(map(str, range(len(x))))
-    return Factors(ids, layout, "float32", x, None, np.ones((len(x), 1), np.float32), None, "bench")
-
-
-def with_repmatch(kernel: np.ndarray, k: int) -> list[int]:
-    """Select with this package."""
-    from repmatch.selectors import facility_location
-
-    picks: list[int] = facility_location(kernel, k).indices.tolist()
-    return picks
-
-
-def with_apricot(kernel: np.ndarray, k: int) -> list[int]:
-    """Select with apricot-select."""
-    from apricot import FacilityLocationSelection
-
-    model = FacilityLocationSelection(k, metric="precomputed", optimizer="two-stage")
-    return [int(i) for i in model.fit(kernel).ranking]
-
-
-def with_submodlib(kernel: np.ndarray, k: int) -> list[int]:
-    """Select with submodlib-py."""
-    from submodlib import FacilityLocationFunction
-
-    function = FacilityLocationFunction(n=len(kernel), mode="dense", sijs=kernel, separate_rep=False)
-    return [int(i) for i, _ in function.maximize(budget=k, optimizer="LazyGreedy", show_progress=False)]
-
-
-RUNNERS: dict[str, Callable[[np.ndarray, int], list[int]]] = {
-    "repmatch": with_repmatch,
-    "apricot": with_apricot,
-    "submodlib": with_submodlib,
+    name: "1"
+    for name in (
+        *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
+        "REPMATCH_THREADS",
+    )
 }
+OBJECTIVES = ("facility-location", "graph-cut", "saturated-coverage", "dpp", "feature-coverage")
+EXACT = ("incremental", "pruned", "lazy")
 
 
-def child(name: str, folder: Path, k: int) -> None:
-    """Run one package in this process and print a JSON object."""
-    run = RUNNERS[name]
-    small = squared_cosines(vectors(60, 8, 3))
-    run(small, 5)  # compile and load before the clock starts
-    x = np.load(folder / "x.npy")
-    start = time.perf_counter()
-    if name == "repmatch":
-        from repmatch.selectors import FactorKernel
-
-        FactorKernel(as_factors(x), memory_limit=1 << 40).dense()
-    else:
-        squared_cosines(x)
-    kernel_seconds = time.perf_counter() - start
-    kernel = np.load(folder / "kernel.npy")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    picks = run(kernel, k)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "kernel": kernel_seconds, "picks": picks, "peak_mb": peak / 1024}))
+def values(objective: str, folder: Path, picks: list[int]) -> float:
+    """Return an objective's value in float64, computed here for everyone."""
+    if objective == "feature-coverage":
+        return float(np.sqrt(np.load(folder / "features.npy")[picks].sum(axis=0)).sum())
+    kernel = np.load(folder / "kernel.npy", mmap_mode="r")
+    lines = np.asarray(kernel[picks], np.float64)
+    among = lines[:, picks]
+    if objective == "facility-location":
+        return float(lines.max(axis=0).sum())
+    if objective == "graph-cut":
+        return float(2.0 * lines.sum() - among.sum())
+    if objective == "dpp":
+        return float(np.linalg.slogdet(among + contest.RIDGE * np.eye(len(picks)))[1])
+    totals = np.zeros(kernel.shape[1])
+    for lo in range(0, len(kernel), 1000):
+        totals += np.asarray(kernel[lo : lo + 1000], np.float64).sum(axis=0)
+    return float(np.minimum(lines.sum(axis=0), contest.SATURATION * totals).sum())
 
 
-def objective(kernel: np.ndarray, picks: list[int]) -> float:
-    """Return facility location's value in float64."""
-    return float(kernel[picks].max(axis=0).astype(np.float64).sum())
+def run_child(arguments: Sequence[str], limit: float, env: dict[str, str] | None = None) -> dict[str, Any] | str:
+    """Run a child; return its JSON object, or why there is none."""
+    try:
+        done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit:.0f} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no reason given"])[-1][:100]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
-def compare(n: int, sizes: list[int], peers: str | None) -> None:
-    """Time every package on one kernel."""
+def contest_one(python: str, who: str, objective: str, folder: Path, given: argparse.Namespace, k: int) -> Any:
+    """Return the best of a contestant's runs, with its memory."""
+    script, env = str(HERE / "select_contestants.py"), os.environ | ONE_THREAD
+    best: dict[str, Any] | str = "no run"
+    for _ in range(given.runs):
+        found = run_child([python, script, who, objective, str(folder), str(k)], given.limit, env)
+        if isinstance(found, str):
+            return found
+        if isinstance(best, str):
+            best = found
+        for name in ("seconds", "kernel", "wall"):
+            best[name] = min(best[name], found[name])
+        if best["seconds"] > given.limit / 4:
+            break
+    if isinstance(best, dict):
+        memory = run_child([python, script, "--memory", who, objective, str(folder), str(k)], given.limit, env)
+        best["memory"] = memory["peak"] / memory["input"] if isinstance(memory, dict) else float("nan")
+    return best
+
+
+def compare(n: int, given: argparse.Namespace) -> None:
+    """Let every package select from the same input."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        x = vectors(n)
-        kernel = squared_cosines(x)
-        kernel = np.maximum(kernel, kernel.T)
+        x = contest.vectors(n)
+        kernel = contest.squared_cosines(x)
         np.save(folder / "x.npy", x)
-        np.save(folder / "kernel.npy", kernel)
-        for k in sizes:
-            print(f"n {n}, k {k}: load before {os.getloadavg()[0]:.2f}")
-            ours: dict[str, Any] | None = None
-            for who in RUNNERS:
-                python = sys.executable if who == "repmatch" else peers
-                if python is None:
-                    continue
-                command = [python, __file__, "--child", who, "--folder", str(folder), "--k", str(k)]
-                done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True)
-                if done.returncode:
-                    print(f"  {who:10} skipped: {(done.stderr.strip().splitlines() or ['no reason given'])[-1][:90]}")
-                    continue
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                found["value"] = objective(kernel, found["picks"])
-                ours = ours or found
-                whole = found["seconds"] + found["kernel"]
-                print(
-                    f"  {who:10} greedy {found['seconds']:8.3f} s ({found['seconds'] / ours['seconds']:6.1f}x)"
-                    f"  whole {whole:8.3f} s ({whole / (ours['seconds'] + ours['kernel']):5.1f}x)"
-                    f"  objective {found['value'] / ours['value']:.7f}  peak +{found['peak_mb']:.0f} MB",
-                    flush=True,
-                )
+        np.save(folder / "kernel.npy", np.maximum(kernel, kernel.T))
+        np.save(folder / "features.npy", contest.features_of(x))
+        del kernel
+        for objective in given.objectives:
+            for k in given.k:
+                with machine.watching() as watch:
+                    rows = _rows(objective, folder, given, k)
+                print(f"{objective}, n = {n:,}, k = {k:,}; others used {watch.others:.2f} cores")
+                for row in rows:
+                    print("  " + row)
+                print(flush=True)
 
 
-def sign_codes(n: int, clusters: int = 300, seed: int = 0) -> Any:
-    """Return n sign codes of 12 matrices × 384 bits: cluster centres with an eighth of the bits flipped."""
-    from repmatch.datamodels import Factors, Layout, Matrix
+def _rows(objective: str, folder: Path, given: argparse.Namespace, k: int) -> list[str]:
+    ours: dict[str, Any] = {}
+    rows = []
+    for who in contest.contestants(objective):
+        python = sys.executable if who == "repmatch" else given.peers
+        if python is None:
+            continue
+        found = contest_one(python, who, objective, folder, given, k)
+        if isinstance(found, str):
+            rows.append(f"{who:18} {found}")
+            continue
+        found["value"] = values(objective, folder, found["picks"])
+        ours = ours or found
+        whole, own = found["seconds"] + found["kernel"], ours["seconds"] + ours["kernel"]
+        rows.append(
+            f"{who:18} greedy {found['seconds']:8.3f} cpu s ({found['seconds'] / ours['seconds']:6.1f}x)"
+            f"  with kernel {whole:8.3f} cpu s ({whole / own:5.1f}x)"
+            f"  objective {found['value'] / ours['value']:.7f}  peak {found['memory']:5.2f} x input"
+        )
+    return rows
 
-    rng = np.random.default_rng(seed)
-    centres = rng.integers(0, 2**64, (clusters, 72), dtype=np.uint64)
-    which = rng.choice(clusters, n, p=rng.dirichlet(np.ones(clusters)))
-    draw = [rng.integers(0, 2**64, (n, 72), dtype=np.uint64) for _ in range(3)]
-    flips = draw[0] & draw[1] & draw[2]  # each bit with probability 1/8
-    layout = Layout(tuple(Matrix(f"m{i}", 384, 384) for i in range(12)), 1)
-    ids = tuple(map(str, range(n)))
-    return Factors(ids, layout, "sign", None, centres[which] ^ flips, np.ones((n, 12), np.float32), None, "bench")
+
+def large(n: int, given: argparse.Namespace) -> None:
+    """Let algorithms select from sign codes."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("random", *given.algorithms):
+        command = [sys.executable, str(HERE / "select_codes.py"), name, str(n), str(given.k[0])]
+        with machine.watching() as watch:
+            done = subprocess.run([*command, "--clusters", str(given.clusters)], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}: failed")
+            continue
+        found[name] = {
+            "name": name,
+            "n": n,
+            "k": given.k[0],
+            "clusters": given.clusters,
+            "others": round(watch.others, 2),
+            **json.loads(done.stdout.strip().splitlines()[-1]),
+        }
+        if given.save:
+            with Path(given.save).open("a") as file:
+                file.write(json.dumps(found[name]) + "\n")
+    show(list(found.values()))
 
 
-def large(n: int, k: int, algorithms: list[str]) -> None:
-    """Time algorithms on sign codes."""
-    from repmatch.selectors import FactorKernel, facility_location, partitioned, random, represent
+def show(results: list[dict[str, Any]]) -> None:
+    """Print a table of results on sign codes."""
+    for result in results:
+        if result["name"] == "random":
+            continue
+        part = share(result, results)
+        busy = "" if result["others"] is None else f"  (others used {result['others']} cores)"
+        print(
+            f"n {result['n']:>9,}  k {result['k']:>6,}  clusters {result['clusters']:>4}  {result['algorithm']:12}"
+            f" {result['seconds']:8.1f} s  {result['cpu']:8.1f} cpu s  {result['peak'] / 2**30:5.2f} GiB"
+            f"  share {'     ?' if part is None else f'{part:6.4f}'}{busy}",
+            flush=True,
+        )
 
-    factors = sign_codes(n)
-    kernel = FactorKernel(factors)
-    facility_location(FactorKernel(sign_codes(300)), 5)
 
-    def value(picks: np.ndarray) -> float:
-        return float(represent(kernel, picks, n)[1].astype(np.float64).sum())
+def share(result: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
+    """Return the share of the margin between chance and exact that a result recovers; None without both."""
 
-    chance = float(np.mean([value(random(n, k, seed).indices) for seed in range(2)]))
-    found: dict[str, float] = {}
-    for name in algorithms:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        fresh = FactorKernel(factors)
-        picks = (
-            partitioned(fresh, k) if name == "partitioned" else facility_location(fresh, k, algorithm=name)  # type: ignore[arg-type]
-        ).indices
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        found[name] = value(picks)
-        print(f"n {n}, k {k}: {name:12} {seconds:9.2f} s  f {found[name]:.2f}  peak +{peak / 1024:.0f} MB", flush=True)
-    exact = found.get("incremental", found.get("lazy"))
-    print(f"  random f {chance:.2f}")
-    for name, reached in found.items():
-        if exact is not None:
-            print(f"  {name:12} reaches {(reached - chance) / (exact - chance):.4f} of the margin")
+    def value(names: Sequence[str]) -> float | None:
+        same = [r for r in results if all(r[key] == result[key] for key in ("n", "k", "clusters"))]
+        return next((r["value"] for r in same if r["name"] in names), None)
+
+    exact, chance = value(EXACT), value(("random",))
+    return None if exact is None or chance is None else (result["value"] - chance) / (exact - chance)
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draw time, memory and share of the margin over n from saved results."""
+    results = [json.loads(line) for line in source.read_text().splitlines()]
+    panels = {
+        "seconds of processor time": lambda r: r["cpu"],
+        "peak memory, GiB": lambda r: r["peak"] / 2**30,
+        "share of the margin": lambda r: share(r, results),
+    }
+    colours = {"incremental": "#4c72b0", "pruned": "#55a868", "partitioned": "#c44e52", "sparse": "#8172b2"}
+    parts, width, height = [], 250, 190
+    for p, (title, measure) in enumerate(panels.items()):
+        left, top = 60 + p * (width + 75), 40
+        drawn = [(r["n"], measure(r), r["algorithm"]) for r in results if r["name"] != "random"]
+        points = [(n, y, a) for n, y, a in drawn if y is not None]
+        most = max((y for _, y, _ in points), default=1.0) * 1.05
+        low, high = np.log10(min(n for n, _, _ in points)) - 0.1, np.log10(max(n for n, _, _ in points)) + 0.1
+        parts.append(f'<text x="{left}" y="{top - 14}" font-weight="bold">{title}</text>')
+        parts.append(f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#555"/>')
+        for step in range(5):
+            y, number = top + height - step * height / 4, most * step / 4
+            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{number:.3g}</text>')
+        for n in sorted({n for n, _, _ in points}):
+            x = left + (np.log10(n) - low) / (high - low) * width
+            parts.append(f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle">{n // 1000}k</text>')
+        for algorithm, colour in colours.items():
+            line = sorted((n, y) for n, y, a in points if a == algorithm)
+            spots = [
+                (left + (np.log10(n) - low) / (high - low) * width, top + height - y / most * height) for n, y in line
+            ]
+            if spots:
+                joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+                parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}"/>')
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in spots]
+    for i, (algorithm, colour) in enumerate(colours.items()):
+        if any(r.get("algorithm") == algorithm for r in results):
+            parts.append(f'<circle cx="{70 + i * 130}" cy="{285}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{80 + i * 130}" y="{289}">{algorithm}</text>')
+    size = f'width="{60 + 3 * (width + 75)}" height="300"'
+    style = 'font-family="sans-serif" font-size="12"'
+    target.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, nargs="*", default=[10_000])
+    parser.add_argument("--n", type=int, nargs="*", default=[10_000, 20_000])
     parser.add_argument("--k", type=int, nargs="+", default=[100, 1_000])
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--peers", help="interpreter of an environment with the peers")
-    parser.add_argument("--child", choices=RUNNERS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--codes", type=int, help="sign codes instead of the comparison")
-    parser.add_argument("--algorithms", nargs="+", default=["partitioned", "sparse", "incremental"])
+    parser.add_argument("--runs", type=int, default=3, help="runs, of which the least counts")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run is stopped")
+    parser.add_argument("--codes", type=int, nargs="*", help="sign codes instead of the comparison")
+    parser.add_argument("--clusters", type=int, default=300, help="clusters of the sign codes; 0: none")
+    parser.add_argument("--algorithms", nargs="+", default=["partitioned", "pruned"])
+    parser.add_argument("--save", help="file to add results on sign codes to")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "SVG"), help="draw saved results")
     given = parser.parse_args()
-    if given.codes:
-        large(given.codes, given.k[0], given.algorithms)
+    if given.plot:
+        plot(*given.plot)
         return
-    if given.child:
-        child(given.child, given.folder, given.k[0])
-        return
-    for n in given.n:
-        compare(n, given.k, given.peers)
+    print(machine.describe())
+    for n in given.codes or ():
+        large(n, given)
+    for n in () if given.codes else given.n:
+        compare(n, given)
 
 
 if __name__ == "__main__":

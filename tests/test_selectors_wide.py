@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_sparse_kernels() -> None:
     rows = SparseKernel.nearest(DenseKernel(cross, rectangular=True), 80)
     assert rows.columns(np.arange(80)) == pytest.approx(cross.astype(np.float32))
     with pytest.raises(SelectionError, match="outside 0 to 3"):
-        SparseKernel(np.array([[4]], np.int32), np.ones((1, 1), np.float32), 4)
+        SparseKernel(np.array([0, 1]), np.array([4], np.int32), np.ones(1, np.float32), 4)
 
 
 def test_partitioned() -> None:
@@ -420,14 +421,20 @@ def test_selector() -> None:
 def test_every_registered_strategy_solves_a_problem() -> None:
     scores = np.arange(12.0)
     for name, entry in strategies().items():
-        selection: Selection = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores))
-        assert selection.strategy in (name, "facility-location")
+        own = {
+            "mixture": {"mix": {"facility-location": 1.0, "top": 0.5}},
+            "thin": {"constraints": Constraints(apart=0.9)},
+        }
+        more: dict[str, Any] = own.get(name, {})
+        selection: Selection = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores, **more))
+        assert selection.strategy == name
         assert len(set(selection.indices.tolist())) == 4
         assert len(selection.representative) == 12
-        again = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores))
+        again = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores, **more))
         assert np.array_equal(selection.indices, again.indices)
-        if name != "partitioned":
-            fair = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores, Constraints(balance=np.arange(12) % 2)))
+        if name != "thin":
+            more |= {"constraints": Constraints(balance=np.arange(12) % 2)}
+            fair = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores, **more))
             assert sorted((fair.indices % 2).tolist()) == [0, 0, 1, 1]
 
 

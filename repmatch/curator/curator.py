@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from repmatch.curator import neighbours, scoring, selection
 from repmatch.curator.export import write_export
@@ -166,34 +166,27 @@ class Curator:
     def select(
         self,
         dataset: str,
-        k: int | str,
-        *,
-        strategy: str = "facility-location",
-        balance: str | None = None,
-        stratify: str | None = None,
-        seed: int = 0,
-        name: str | None = None,
-        replace: bool = False,
+        k: int | str | None = None,
+        options: selection.SelectOptions | None = None,
+        **changes: Unpack[selection.SelectArguments],
     ) -> selection.Selected:
         """Choose a coreset and keep it in the store.
 
         Args:
-            dataset: the dataset's name.
-            k: picks, or a share such as "5%".
-            strategy: see `repmatch.selectors.strategies`.
-            balance: column of which every value gets the same number of picks.
-            stratify: column whose proportions are kept.
-            seed: for strategies that draw.
-            name: of the coreset; None: made from the arguments.
-            replace: whether a coreset of that name may be replaced.
+            dataset: the dataset's name, or a part of it such as "reviews[stars > 2]".
+            k: picks, or a share such as "5%"; None: what `options` say, or as many as the rules allow.
+            options: everything that can be asked of a selection; None: the defaults.
+            **changes: fields of `SelectOptions` that differ from `options`, such as strategy, balance, name or budget.
 
         Returns:
             The coreset, which can be exported.
         """
-        if name is not None:
-            check_name(name)
-        options = selection.SelectOptions(k, strategy, balance, stratify, seed, name, replace)
-        return selection.select(self.store, dataset, options, self._scores_of)
+        chosen = replace(options or selection.SelectOptions(), **changes)
+        if k is not None:
+            chosen = replace(chosen, k=k)
+        if chosen.name is not None:
+            check_name(chosen.name)
+        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress)
 
     def _scores_of(self, dataset: str) -> dict[str, float]:
         scores = self.score(dataset)

@@ -204,11 +204,9 @@ def command_of(coreset: Coreset) -> str:
         A line for a shell.
     """
     given = coreset.arguments
-    parts = ["repmatch", "select", coreset.dataset, "-k", str(given["k"]), "--strategy", coreset.strategy]
-    for option in ("balance", "stratify"):
-        if given.get(option) is not None:
-            parts += [f"--{option}", str(given[option])]
-    parts += ["--seed", str(given.get("seed", 0)), "--name", coreset.name]
+    parts = ["repmatch", "select", str(given.get("source", coreset.dataset))]
+    parts += [str(word) for word in given.get("options", ["-k", given["k"], "--strategy", coreset.strategy])]
+    parts += ["--name", coreset.name]
     import shlex
 
     return shlex.join(parts)

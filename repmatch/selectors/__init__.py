@@ -1,12 +1,13 @@
 """Strategies that choose a coreset from a kernel: pure functions on arrays."""
 
+from repmatch.selectors import builtin as _builtin  # noqa: F401 -- registers the strategies
 from repmatch.selectors.baselines import random, represent, top
 from repmatch.selectors.constraints import Constraints, share
 from repmatch.selectors.estimators import Selector
 from repmatch.selectors.facility import facility_location
 from repmatch.selectors.greedy import Objective
 from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
-from repmatch.selectors.large import partitioned, sieve_streaming
+from repmatch.selectors.large import partitioned
 from repmatch.selectors.medoids import k_medoids
 from repmatch.selectors.objectives import (
     Coverage,
@@ -16,9 +17,12 @@ from repmatch.selectors.objectives import (
     MeanMatch,
     Mixture,
     SaturatedCoverage,
+    ScoreSum,
+    SetFunction,
 )
 from repmatch.selectors.registry import Entry, Problem, register, select, strategies, strategy
 from repmatch.selectors.selection import Selection
+from repmatch.selectors.signed import SignedKernel
 from repmatch.selectors.sparse import SparseKernel
 from repmatch.selectors.strategies import (
     dpp,
@@ -30,6 +34,7 @@ from repmatch.selectors.strategies import (
     saturated_coverage,
     thin,
 )
+from repmatch.selectors.streaming import sieve_streaming
 
 __all__ = [
     "Constraints",
@@ -46,8 +51,11 @@ __all__ = [
     "Objective",
     "Problem",
     "SaturatedCoverage",
+    "ScoreSum",
     "Selection",
     "Selector",
+    "SetFunction",
+    "SignedKernel",
     "SparseKernel",
     "as_kernel",
     "dpp",

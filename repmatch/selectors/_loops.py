@@ -78,8 +78,9 @@ def exact_gain(kernel: NDArray[Any], index: int, by_row: bool, cover: NDArray[np
 
 @compiled
 def lower_sparse(
+    starts: NDArray[np.int64],
     neighbours: NDArray[np.int32],
-    values: NDArray[np.float32],
+    values: NDArray[Any],
     raised: NDArray[np.int64],
     old: NDArray[np.float64],
     new: NDArray[np.float64],
@@ -87,9 +88,107 @@ def lower_sparse(
 ) -> None:
     """Do what lower_gains does where each row keeps a few candidates."""
     for r in range(raised.shape[0]):
-        i = raised[r]
-        for p in range(neighbours.shape[1]):
-            gains[neighbours[i, p]] -= min(max(np.float64(values[i, p]), old[r]), new[r]) - old[r]
+        a, b = old[r], new[r]
+        for p in range(starts[raised[r]], starts[raised[r] + 1]):
+            lost = min(max(np.float64(values[p]), a), b) - a
+            if lost > 0.0:
+                gains[neighbours[p]] -= lost
+
+
+@compiled
+def add_sparse(
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+    cover: NDArray[np.float64],
+    gains: NDArray[np.float64],
+) -> None:
+    """Add what every kept entry exceeds its row's cover by to its candidate's gain."""
+    for i in range(starts.shape[0] - 1):
+        for p in range(starts[i], starts[i + 1]):
+            gains[neighbours[p]] += max(np.float64(values[p]) - cover[i], 0.0)
+
+
+@compiled
+def turn_sparse(
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+    ends: NDArray[np.int64],
+    rows: NDArray[np.int32],
+    turned: NDArray[Any],
+) -> None:
+    """List by candidate what is listed by row; `ends` holds each candidate's start and is moved to its end."""
+    for i in range(starts.shape[0] - 1):
+        for p in range(starts[i], starts[i + 1]):
+            j = neighbours[p]
+            rows[ends[j]] = i
+            turned[ends[j]] = values[p]
+            ends[j] += 1
+
+
+@compiled
+def count_above(block: NDArray[Any], floor: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.int64]) -> None:
+    """Count, for rows lo..hi of a block, the entries above the row's floor."""
+    for i in range(lo, hi):
+        line, least = block[i], floor[i]
+        found = 0
+        for j in range(line.shape[0]):
+            found += np.float64(line[j]) > least
+        out[i] = found
+
+
+@compiled
+def take_above(
+    block: NDArray[Any],
+    floor: NDArray[np.float64],
+    first: int,
+    lo: int,
+    hi: int,
+    starts: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+) -> None:
+    """List, for rows lo..hi of a block whose columns start at `first`, the entries above the row's floor."""
+    for i in range(lo, hi):
+        line, least, p = block[i], floor[i], starts[i]
+        for j in range(line.shape[0]):
+            if np.float64(line[j]) > least:
+                neighbours[p] = first + j
+                values[p] = line[j]
+                p += 1
+
+
+@compiled
+def count_above_by_column(
+    block: NDArray[Any], floor: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.int64]
+) -> None:
+    """Count, for columns lo..hi of a block, the entries above the column's floor."""
+    for i in range(block.shape[0]):
+        line, least, found = block[i, lo:hi], floor[lo:hi], out[lo:hi]
+        for j in range(hi - lo):
+            found[j] += np.float64(line[j]) > least[j]
+
+
+@compiled
+def take_above_by_column(
+    block: NDArray[Any],
+    floor: NDArray[np.float64],
+    first: int,
+    lo: int,
+    hi: int,
+    ends: NDArray[np.int64],
+    neighbours: NDArray[np.int32],
+    values: NDArray[Any],
+) -> None:
+    """List, for columns lo..hi of a block whose rows start at `first`, the entries above the column's floor."""
+    for i in range(block.shape[0]):
+        line = block[i]
+        for j in range(lo, hi):
+            if np.float64(line[j]) > floor[j]:
+                neighbours[ends[j]] = first + i
+                values[ends[j]] = line[j]
+                ends[j] += 1
 
 
 @compiled
@@ -115,3 +214,56 @@ def swap_gains(
             out[nearest[i]] += c - second[i]
     for p in range(out.shape[0]):
         out[p] += shared
+
+
+@compiled
+def cover_gains(
+    lines: NDArray[Any],
+    which: NDArray[np.int64],
+    cover: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Set out[lo:hi] to Σ_i max(lines[which, i] − cover_i, 0)."""
+    for c in range(lo, hi):
+        line = lines[which[c]]
+        total = 0.0
+        for i in range(line.shape[0]):
+            total += max(np.float64(line[i]) - cover[i], 0.0)
+        out[c] = total
+
+
+@compiled
+def room_gains(
+    lines: NDArray[Any], which: NDArray[np.int64], room: NDArray[np.float64], lo: int, hi: int, out: NDArray[np.float64]
+) -> None:
+    """Set out[lo:hi] to Σ_i min(max(lines[which, i], 0), room_i)."""
+    for c in range(lo, hi):
+        line = lines[which[c]]
+        total = 0.0
+        for i in range(line.shape[0]):
+            total += min(max(np.float64(line[i]), 0.0), room[i])
+        out[c] = total
+
+
+@compiled
+def root_gains(
+    features: NDArray[np.float64],
+    which: NDArray[np.int64],
+    total: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Set out[lo:hi] to Σ_f w_f (√(total_f + x_f) − √total_f)."""
+    before = 0.0
+    for f in range(total.shape[0]):
+        before += weights[f] * np.sqrt(total[f])
+    for c in range(lo, hi):
+        line = features[which[c]]
+        after = 0.0
+        for f in range(total.shape[0]):
+            after += weights[f] * np.sqrt(total[f] + line[f])
+        out[c] = after - before

@@ -6,9 +6,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.errors import SelectionError
-from repmatch.selectors.constraints import Constraints, Tracker, check_size, positions
+from repmatch.selectors.constraints import Constraints, Tracker, check_size, demand, positions
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
+from repmatch.selectors.spacing import Spacing
+
+CROWDED = 2.0  # picks crowd where two of them are this many times as similar as two instances
+FEW, MANY = 5, 2000  # picks that such a comparison needs, and that it looks at
 
 
 def top(
@@ -36,13 +40,28 @@ def top(
         place = int(np.argmin(np.isfinite(values)))
         raise SelectionError(f"the score at {place} is {values[place]}: every score must be finite")
     rules = constraints or Constraints()
+    _refuse(rules, ("coverage",))
     tracker = rules.tracker(len(values), k)
-    picked = _in_order(np.argsort(-values, kind="stable"), rules, tracker, k)
+    picked, notes = _in_order(np.argsort(-values, kind="stable"), rules, tracker, k, kernel)
+    if rules.min_gain is not None:
+        picked = picked[(values[picked] >= rules.min_gain) | (np.arange(len(picked)) < len(rules.include))]
     gains = values[picked]
     value = float(gains.sum())
     representative, similarity = represent(kernel, picked, len(values))
-    bound = value if tracker.costs is None and len(tracker.parts) < 2 and not len(rules.include) else None
-    return Selection(picked, gains, value, bound, representative, similarity, "top", "sort", tracker.notes)
+    alone = tracker.costs is None and len(tracker.parts) < 2 and not len(rules.include) and rules.apart is None
+    notes += _crowded(kernel, picked)
+    return Selection(
+        picked,
+        gains,
+        value,
+        value if alone else None,
+        representative,
+        similarity,
+        "top",
+        "sort",
+        notes,
+        cost=None if tracker.costs is None else float(tracker.costs[picked].sum()),
+    )
 
 
 def random(
@@ -65,11 +84,22 @@ def random(
     """
     check_size(n, k)
     rules = constraints or Constraints()
+    _refuse(rules, ("coverage", "min_gain"))
     tracker = rules.tracker(n, k)
-    picked = _in_order(np.random.default_rng(seed).permutation(n), rules, tracker, k)
+    picked, notes = _in_order(np.random.default_rng(seed).permutation(n), rules, tracker, k, kernel)
     representative, similarity = represent(kernel, picked, n)
     return Selection(
-        picked, np.zeros(len(picked)), 0.0, None, representative, similarity, "random", "permutation", tracker.notes
+        picked,
+        np.zeros(len(picked)),
+        0.0,
+        None,
+        representative,
+        similarity,
+        "random",
+        "permutation",
+        notes,
+        cost=None if tracker.costs is None else float(tracker.costs[picked].sum()),
+        seed=seed,
     )
 
 
@@ -103,18 +133,46 @@ def represent(
     return representative, similarity
 
 
-def _in_order(order: NDArray[np.int64], rules: Constraints, tracker: Tracker, k: int) -> NDArray[np.int64]:
+def _crowded(kernel: Kernel | None, picks: NDArray[np.int64]) -> tuple[str, ...]:
+    """Say so where picks resemble each other far more than instances do on average: they tell one thing many times."""
+    if kernel is None or kernel.shape[0] != kernel.shape[1] or len(picks) < FEW:
+        return ()
+    some = picks[:MANY]
+    among = np.asarray(kernel.columns(some)[some], np.float64)
+    pairs = len(some) * (len(some) - 1)
+    inside = float(among.sum() - np.trace(among)) / pairs
+    n = kernel.shape[0]
+    whole = float(kernel.means().sum() * n - kernel.diagonal().sum()) / (n * (n - 1))
+    if not inside > CROWDED * max(whole, 0.0):
+        return ()
+    return (
+        f"the picks crowd: two of them resemble each other by {inside:.3g} on average, two instances of the whole by "
+        f"{whole:.3g}; facility-location spreads them, and apart (--apart) keeps near copies out",
+    )
+
+
+def _in_order(
+    order: NDArray[np.int64], rules: Constraints, tracker: Tracker, k: int, kernel: Kernel | None
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    spacing = Spacing(kernel, rules, tracker)
+    for index in positions(rules.given, len(order), "given").tolist():
+        spacing.close(index)
     picked: list[int] = []
-    for index in positions(rules.include, len(order), "include").tolist():
-        tracker.add(index)  # refuses what the other rules don't allow: an instance that must be picked is never skipped
-        picked.append(index)
-    for index in order:
+    forced = positions(rules.include, len(order), "include").tolist()
+    for rank, index in enumerate([*forced, *order.tolist()]):
         if len(picked) == k:
             break
-        if tracker.allowed[index]:
-            tracker.add(int(index))
-            picked.append(int(index))
+        if tracker.allowed[index] or rank < len(forced):  # a forced pick that is ruled out is refused with the reason
+            tracker.add(index)
+            spacing.close(index)
+            picked.append(index)
+    notes = tracker.notes
     if len(picked) < k and tracker.costs is None:
-        owed = "; still owed: " + ", ".join(tracker.owed()) if tracker.owed() else ""
-        raise SelectionError(f"the rules together allow only {len(picked)} of {k} picks{owed}")
-    return np.array(picked, np.int64)
+        notes += demand(rules, tracker, len(picked), k)
+    return np.array(picked, np.int64), notes
+
+
+def _refuse(rules: Constraints, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in rules.names():
+            raise SelectionError(f"{name} needs an objective: use facility-location or another that maximises one")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.errors import SelectionError
+from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.quotas import Labels, equal_quotas, group, proportional_quotas
 
 Positions = Sequence[int] | NDArray[np.integer[Any]]
@@ -34,6 +35,8 @@ class Constraints:
             neither returned nor counted nor paid for.
         min_gain: stop before a pick that gains less.
         coverage: stop once the value reaches this share of what all instances together reach, 0 to 1.
+        apart: no two picks, nor a pick and one given, are more similar than this; fewer than k where no more fit.
+        apart_by: the similarities that `apart` speaks of; those that the picks are chosen by, unless given.
     """
 
     balance: Labels | None = None
@@ -48,11 +51,13 @@ class Constraints:
     given: Positions = ()
     min_gain: float | None = None
     coverage: float | None = None
+    apart: float | None = None
+    apart_by: Kernel | None = None
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the rules that are set."""
         found = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return tuple(n for n, v in found if v is not None and (not hasattr(v, "__len__") or len(v)))
+        return tuple(n for n, v in found if n != "apart_by" and v is not None and (not hasattr(v, "__len__") or len(v)))
 
     def tracker(self, n: int, k: int) -> Tracker:
         """Return the rules as a tracker of what may still be picked.
@@ -69,6 +74,7 @@ class Constraints:
         """
         check_size(n, k)
         closed = np.zeros(n, np.bool_)
+        self._check_limits()
         closed[positions(self.exclude, n, "exclude")] = True
         closed[positions(self.given, n, "given")] = True
         include = positions(self.include, n, "include")
@@ -84,6 +90,13 @@ class Constraints:
         for part in parts:
             part.check(k, closed, exact=costs is None)
         return Tracker(k, closed, parts, costs, np.inf if self.budget is None else float(self.budget), notes)
+
+    def _check_limits(self) -> None:
+        if self.coverage is not None and not 0.0 <= self.coverage <= 1.0:
+            raise SelectionError(f"coverage = {self.coverage}: expected a share from 0 to 1")
+        for name, value in (("min_gain", self.min_gain), ("apart", self.apart)):
+            if value is not None and not np.isfinite(value):
+                raise SelectionError(f"{name} = {value}: expected a finite number")
 
     def _partitions(self, n: int, k: int, closed: NDArray[np.bool_]) -> tuple[list[Partition], tuple[str, ...]]:
         if self.balance is not None and self.stratify is not None:
@@ -200,7 +213,9 @@ class Tracker:
             SelectionError: the rules don't allow it.
         """
         if not self.allowed[index]:
-            raise SelectionError(f"position {index} can't be picked: a quota, the size or the budget is used up")
+            raise SelectionError(
+                f"position {index} can't be picked: the size, a quota or the budget is used up, or a pick too similar"
+            )
         self.allowed[index] = False
         self.k -= 1
         if self.costs is not None:
@@ -210,6 +225,14 @@ class Tracker:
             part.upper[g] -= 1
             part.lower[g] = max(0, part.lower[g] - 1)
         self._close()
+
+    def close(self, mask: NDArray[np.bool_]) -> None:
+        """Rule out more instances.
+
+        Args:
+            mask: (n,) bool, True where no pick may be made any more.
+        """
+        self.allowed &= ~mask
 
     def owed(self) -> list[str]:
         """Return what the minimums still ask for, in words."""
@@ -232,6 +255,30 @@ class Tracker:
                 self.allowed &= open_groups[part.groups]
         if self.costs is not None:
             self.allowed &= self.costs <= self.left
+
+
+def demand(rules: Constraints, tracker: Tracker, made: int, k: int) -> tuple[str, ...]:
+    """Refuse a result that misses what was asked for: rules that exclude each other only show along the way.
+
+    Args:
+        rules: the rules.
+        tracker: after the picks.
+        made: picks made.
+        k: picks wanted.
+
+    Returns:
+        A note where `apart` left fewer picks than wanted, which is no failure.
+
+    Raises:
+        SelectionError: other rules did.
+    """
+    if made >= k:
+        return ()
+    owed = tracker.owed()
+    missing = "; still owed: " + ", ".join(owed) if owed else ""
+    if rules.apart is None:
+        raise SelectionError(f"the rules together allow only {made} of {k} picks{missing}")
+    return (f"only {made} of {k} picks: every other instance is more similar than {rules.apart} to a pick{missing}",)
 
 
 def check_size(n: int, k: int) -> None:

@@ -7,6 +7,8 @@ counts as 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,15 +19,18 @@ from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.greedy import Progress, Searched, State, solve
-from repmatch.selectors.kernels import Floats, Kernel, as_kernel
+from repmatch.selectors.kernels import DEFAULT_LIMIT, FactorKernel, Floats, Kernel, as_kernel
 from repmatch.selectors.objectives import Coverage
+from repmatch.selectors.pruning import ENTRY, above, expected_entries
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.sparse import SparseKernel, enough_neighbours
 
-Algorithm = Literal["auto", "incremental", "lazy", "stochastic", "sparse"]
+Algorithm = Literal["auto", "incremental", "pruned", "lazy", "stochastic", "sparse", "partitioned"]
 BATCH = 256  # columns that the lazy algorithm computes at a time
 BATCH_BYTES = 256 << 20
 KEPT = 16  # leading columns kept until the pick is made
+FIRST_LOOK = 8  # picks before a pruned pass is thought of, and between two such thoughts
+MOST_PAIRS = 5e9  # pairs of one pass that an exact algorithm is chosen for
 
 
 def facility_location(
@@ -46,10 +51,12 @@ def facility_location(
         represented: what the selection should stand for: factors, (r,) positions, or an (r, n) array of similarities;
             every instance by default.
         constraints: quotas that the picks must respect.
-        algorithm: "incremental" keeps every gain up to date in a whole kernel; "lazy" computes columns where they are
-            needed, in memory of O(n) and one block of columns; "auto" takes the first where the kernel fits its limit.
-            Both pick the same. Not exact: "stochastic" looks at a sample of candidates a pick; "sparse" keeps the
-            nearest candidates of each instance only, at least 4 n/k of them.
+        algorithm: exact, with the same picks: "incremental" keeps every gain up to date in a whole kernel; "pruned" is
+            lazy for the first picks and then keeps only the entries that can still gain, from one pass; "lazy"
+            computes columns where they are needed, in memory of O(n) and one block of columns. Not exact: "sparse"
+            keeps the nearest candidates of each instance only, at least 4 n/k of them; "partitioned" works in parts;
+            "stochastic" looks at a sample of candidates a pick. "auto" takes incremental where the kernel fits its
+            memory limit, else pruned up to 5e9 pairs, else partitioned.
         seed: for the stochastic algorithm.
         progress: called after each pick with picks made and wanted. KeyboardInterrupt ends the run early.
 
@@ -60,25 +67,55 @@ def facility_location(
         SelectionError: a kernel, size or quota that can't be used.
     """
     given = as_kernel(kernel, represented)
+    if constraints is not None and constraints.apart is not None and constraints.apart_by is None:
+        constraints = replace(constraints, apart_by=given)  # whatever an algorithm keeps of it
     (constraints or Constraints()).tracker(given.shape[1], k)  # refuse what can't be met before anything is computed
     if algorithm not in get_args(Algorithm):
         raise SelectionError(f"there is no algorithm {algorithm!r}: expected one of {', '.join(get_args(Algorithm))}")
-    whole = None
-    if algorithm in ("auto", "incremental") and not isinstance(given, SparseKernel):
-        whole = given.dense()
-    if algorithm == "incremental" and whole is None:
-        raise SelectionError(f"a kernel of shape {given.shape} exceeds its memory limit: use algorithm='lazy'")
-    if algorithm == "sparse" and not isinstance(given, SparseKernel):
-        given = SparseKernel.nearest(given, enough_neighbours(given.shape[1], k))
+    chosen, reason = _choose(given, constraints) if algorithm == "auto" else (algorithm, "")
+    if chosen == "partitioned":
+        from repmatch.selectors.large import partitioned
 
-    def make() -> State:
-        if algorithm == "stochastic":
-            return Searched(Coverage(given), "stochastic", k=k, seed=seed)
-        if isinstance(given, SparseKernel) and algorithm != "lazy":
-            return _Neighbours(given)
-        return _Lazy(given) if whole is None else _Incremental(given, whole)
+        found = partitioned(given, k, constraints=constraints, seed=seed, progress=progress)
+    else:
+        make = _maker(given, k, chosen, seed)
+        found = solve(make, k, strategy="facility-location", constraints=constraints, progress=progress)
+    return replace(found, reason=reason, seed=seed if chosen in ("stochastic", "partitioned") else None)
 
-    return solve(make, k, strategy="facility-location", constraints=constraints, progress=progress)
+
+def _choose(kernel: Kernel, constraints: Constraints | None) -> tuple[Algorithm, str]:
+    """Return the algorithm for a kernel of this size, and why."""
+    rows, n = kernel.shape
+    if isinstance(kernel, SparseKernel):
+        return "sparse", "the kernel is sparse"
+    limit = kernel.memory_limit if isinstance(kernel, FactorKernel) else DEFAULT_LIMIT
+    if kernel.dense() is not None:
+        return "incremental", f"the whole kernel of {rows:,} × {n:,} fits in memory"
+    from repmatch.selectors.large import unsplittable
+
+    if rows * n <= MOST_PAIRS or unsplittable(kernel, constraints):
+        return "pruned", f"the whole kernel of {rows:,} × {n:,} exceeds {limit / 2**30:.1f} GiB"
+    return "partitioned", f"{rows:,} × {n:,} pairs are more than an exact pass is made over unless asked for"
+
+
+def _maker(kernel: Kernel, k: int, algorithm: Algorithm, seed: int) -> Callable[[], State]:
+    """Return what makes the state of an algorithm."""
+    if algorithm == "stochastic":
+        return lambda: Searched(Coverage(kernel), "stochastic", k=k, seed=seed)
+    if algorithm == "lazy":
+        return lambda: _Lazy(kernel)
+    if isinstance(kernel, SparseKernel):
+        return lambda: _Neighbours(kernel)
+    if algorithm == "sparse":
+        kept = SparseKernel.nearest(kernel, enough_neighbours(kernel.shape[1], k))
+        return lambda: _Neighbours(kept)
+    if algorithm == "pruned":
+        limit = kernel.memory_limit if isinstance(kernel, FactorKernel) else DEFAULT_LIMIT
+        return lambda: _Pruned(kernel, limit)
+    whole = kernel.dense()
+    if whole is None:
+        raise SelectionError(f"a kernel of shape {kernel.shape} exceeds its memory limit: use algorithm='pruned'")
+    return lambda: _Incremental(kernel, whole)
 
 
 class _Cover(State):
@@ -181,14 +218,16 @@ class _Incremental(_Cover):
 
 
 class _Neighbours(_Incremental):
-    """Incremental on a kernel that keeps each row's nearest candidates only."""
+    """Incremental on a kernel that keeps some entries of each row only."""
 
     name = "sparse"
 
-    def __init__(self, kernel: SparseKernel) -> None:
+    def __init__(self, kernel: SparseKernel, start: _Cover | None = None) -> None:
         super().__init__(kernel, np.zeros((0, kernel.shape[1]), np.float32))
         self.sparse = kernel
-        np.add.at(self.gains, kernel.neighbours.ravel(), np.maximum(kernel.values, 0.0).ravel().astype(np.float64))
+        if start is not None:
+            self.cover, self.representative = start.cover, start.representative
+        self.loops.add_sparse(kernel.starts, kernel.neighbours, kernel.values, self.cover, self.gains)
         self.scale = float(self.gains.max(initial=0.0))
 
     def gain(self, index: int) -> float:
@@ -198,16 +237,19 @@ class _Neighbours(_Incremental):
     def add(self, index: int, position: int) -> None:
         rows, values = self.sparse.column(index)
         better = values > self.cover[rows]
-        raised, new = rows[better], values[better].astype(np.float64)
+        raised, new = rows[better].astype(np.int64), values[better].astype(np.float64)
         old, before = self.cover[raised], self.gains.copy()
         self.cover[raised], self.representative[raised] = new, position
-        self.loops.lower_sparse(self.sparse.neighbours, self.sparse.values, raised, old, new, self.gains)
+        entries = self.sparse
+        self.loops.lower_sparse(entries.starts, entries.neighbours, entries.values, raised, old, new, self.gains)
         self.exact &= self.gains == before
         self.steps += len(raised) + 1
 
     def ceiling(self) -> float:
         """Return Σ_i max_j K_ij over the kept candidates."""
-        return float(np.maximum(self.sparse.values.max(axis=1, initial=0.0), 0.0).sum(dtype=np.float64))
+        kept = np.diff(self.sparse.starts) > 0
+        best = np.maximum.reduceat(self.sparse.values, self.sparse.starts[:-1][kept]) if kept.any() else np.zeros(0)
+        return float(np.maximum(best, 0.0).sum(dtype=np.float64))
 
 
 class _Lazy(_Cover):
@@ -262,3 +304,42 @@ class _Lazy(_Cover):
         self.last.clear()
         if len(raised):
             self.fresh[:] = False
+
+
+class _Pruned(State):
+    """Lazy for the first picks; then one pass keeps what still exceeds its row's cover, and incremental goes on.
+
+    What does not exceed a row's cover never gains anything in that row again, so the picks are those of exact greedy.
+    After t picks about one entry in t + 1 is left, whatever the data: the chance that one draw exceeds t others.
+    """
+
+    name = "pruned"
+
+    def __init__(self, kernel: Kernel, limit: int) -> None:
+        self.kernel, self.n, self.entries = kernel, kernel.shape[1], limit // ENTRY
+        self.inner: _Cover = _Lazy(kernel)
+        self.picks, self.next_look = 0, FIRST_LOOK
+
+    def best(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64] | None = None) -> tuple[int, float]:
+        if isinstance(self.inner, _Lazy) and self.picks >= self.next_look:
+            self.next_look = self.picks + FIRST_LOOK
+            kernel = self.inner.kernel
+            if expected_entries(kernel, self.inner.cover) <= self.entries:
+                self.inner = _Neighbours(above(kernel, self.inner.cover), self.inner)
+        return self.inner.best(allowed, costs)
+
+    def add(self, index: int, position: int) -> None:
+        self.inner.add(index, position)
+        self.picks += 1
+
+    def gain(self, index: int) -> float:
+        return self.inner.gain(index)
+
+    def upper(self) -> NDArray[np.float64]:
+        return self.inner.upper()
+
+    def ceiling(self) -> float:
+        return self.inner.ceiling()
+
+    def represented(self, picks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self.inner.represented(picks)

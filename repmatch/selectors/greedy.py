@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import represent
-from repmatch.selectors.constraints import Constraints, Tracker, positions
+from repmatch.selectors.constraints import Constraints, Tracker, demand, positions
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
+from repmatch.selectors.spacing import Spacing
 
 Progress = Callable[[int, int], None]
 Search = Literal["auto", "plain", "lazy", "stochastic"]
@@ -120,46 +121,35 @@ def run(
         The selection; after KeyboardInterrupt the picks so far, marked incomplete.
     """
     base = 0.0
+    near = Spacing(state.kernel, rules, tracker)
     for index in positions(rules.given, state.n, "given"):
         base += state.gain(int(index))
         state.add(int(index), -1)
+        near.close(int(index))
+    budget, free = tracker.left, tracker.allowed.copy()
+    first = _most(state, free, k, tracker.costs, budget)
+    target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
     indices: list[int] = []
     gains: list[float] = []
     notes, complete = tracker.notes, True
-    budget, free = tracker.left, tracker.allowed.copy()
-    bound = _most(state, free, k, tracker.costs, budget)
-    target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
-    value = base
-    queue = positions(rules.include, state.n, "include").tolist()
     try:
-        while value < target or queue:
-            if queue:
-                index = int(queue.pop(0))
-                gain = state.gain(index)
-            elif tracker.allowed.any():
-                index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None)
-            else:
-                break
-            if rules.min_gain is not None and gain < rules.min_gain and index not in rules.include:
-                notes += (f"stopped at {len(indices)} of {k} picks: the next would gain {gain:.4g}",)
-                break
+        for index, gain in _picks(state, rules, tracker, target - base, by_rate=by_rate):
             tracker.add(index)
             state.add(index, len(indices))
+            near.close(index)
             indices.append(index)
             gains.append(gain)
-            value += gain
             if progress is not None:
                 progress(len(indices), k)
+        notes += _ended(state, rules, tracker, gains, k, reached=base + sum(gains) >= target)
     except KeyboardInterrupt:
         complete, notes = False, (*notes, f"interrupted after {len(indices)} of {k} picks")
-    if value >= target:
-        notes += (f"stopped at {len(indices)} of {k} picks: coverage {rules.coverage} is reached",)
-    elif complete and rules.min_gain is None and tracker.costs is None:
-        _demand(tracker, len(indices), k)
-    picks = np.array(indices, np.int64)
+    picks, value, bound = np.array(indices, np.int64), base + sum(gains), first
     free[picks] = False
     if complete:
-        bound = min(bound, value - base + _most(state, free, k, tracker.costs, budget))
+        size = len(indices) if tracker.costs is None else k
+        bound = sum(gains) + _most(state, free, size, tracker.costs, budget)
+        bound = min(bound, first) if size == k else bound
     representative, similarity = state.represented(picks) if complete else represent(state.kernel, picks, state.n)
     return Selection(
         indices=picks,
@@ -172,15 +162,49 @@ def run(
         algorithm=state.name + (", gain per cost" if by_rate else ""),
         notes=notes,
         complete=complete,
+        cost=None if tracker.costs is None else float(tracker.costs[picks].sum()),
+        base=base,
     )
 
 
-def _demand(tracker: Tracker, made: int, k: int) -> None:
-    """Refuse a result that misses what was asked for: rules that exclude each other only show along the way."""
-    if made < k:
-        owed = tracker.owed()
-        missing = "; still owed: " + ", ".join(owed) if owed else ""
-        raise SelectionError(f"the rules together allow only {made} of {k} picks{missing}")
+def _picks(
+    state: State, rules: Constraints, tracker: Tracker, missing: float, *, by_rate: bool
+) -> Iterator[tuple[int, float]]:
+    """Yield picks with their gains, what must be picked first, until a rule ends it; the caller notes each of them."""
+    for forced in positions(rules.include, state.n, "include").tolist():
+        gain = state.gain(forced)
+        missing -= gain
+        yield forced, gain
+    while missing > 0.0 and tracker.allowed.any():
+        index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None)
+        if rules.min_gain is not None and gain < rules.min_gain:
+            return
+        missing -= gain
+        yield index, gain
+
+
+def _ended(
+    state: State, rules: Constraints, tracker: Tracker, gains: list[float], k: int, *, reached: bool
+) -> tuple[str, ...]:
+    """Say why there are fewer picks than wanted; refuse where no rule explains it."""
+    made = len(gains)
+    notes = _idle(state, rules, gains)
+    if made >= k or tracker.costs is not None:
+        return notes
+    if reached:
+        return (*notes, f"stopped at {made} of {k} picks: coverage {rules.coverage} is reached")
+    if rules.min_gain is not None and tracker.allowed.any():
+        gain = state.best(tracker.allowed)[1]
+        return (*notes, f"stopped at {made} of {k} picks: the next would gain {gain:.4g}")
+    return (*notes, *demand(rules, tracker, made, k))
+
+
+def _idle(state: State, rules: Constraints, gains: list[float]) -> tuple[str, ...]:
+    """Say so where the last picks add nothing."""
+    if not state.bounded or not gains or gains[-1] > 0.0 or len(gains) <= len(rules.include):
+        return ()
+    useful = max((i + 1 for i, gain in enumerate(gains) if gain > 0.0), default=0)
+    return (f"the last {len(gains) - useful} picks gain nothing: {useful} reach the same",)
 
 
 def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float64] | None, budget: float) -> float:

@@ -17,6 +17,17 @@ from repmatch.similarity import kernel_block, mean_similarity
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
 
+def _default_limit() -> int:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        memory = 8 << 30
+    return min(4 << 30, memory // 4)
+
+
+DEFAULT_LIMIT = _default_limit()  # bytes that a whole kernel may take
+
+
 @runtime_checkable
 class Kernel(Protocol):
     """Similarities of represented instances (rows) with candidates (columns), read as a strategy needs them."""
@@ -144,7 +155,7 @@ class FactorKernel:
         self.factors = factors
         self.represented = factors if represented is None else represented
         self.symmetric = represented is None
-        self.memory_limit = _default_limit() if memory_limit is None else memory_limit
+        self.memory_limit = DEFAULT_LIMIT if memory_limit is None else memory_limit
         self.resolution = 0.0 if factors.bits is not None and self.represented.bits is not None else 1e-6
         self._whole: NDArray[np.float32] | None = None
 
@@ -157,7 +168,11 @@ class FactorKernel:
         """Return (rows, c): the similarities of all represented instances with some candidates."""
         if self._whole is not None:
             return self._whole[indices].T if self.symmetric else self._whole[:, indices]
-        return kernel_block(self.represented, take(self.factors, indices))
+        return self.block(self.represented, take(self.factors, indices))
+
+    def block(self, rows: Factors, columns: Factors) -> NDArray[np.float32]:
+        """Return (rows, columns): the similarities of all pairs."""
+        return kernel_block(rows, columns)
 
     def dense(self) -> Floats | None:
         """Return the whole (rows, n) float32 array, or None where it exceeds the memory limit."""
@@ -168,7 +183,7 @@ class FactorKernel:
             for lo in range(0, rows, step):
                 hi = min(rows, lo + step)
                 start = lo if self.symmetric else 0
-                out[lo:hi, start:] = kernel_block(
+                out[lo:hi, start:] = self.block(
                     take(self.represented, slice(lo, hi)), take(self.factors, slice(start, n))
                 )
             if self.symmetric:
@@ -176,14 +191,23 @@ class FactorKernel:
             self._whole = out
         return self._whole
 
-    def sums(self) -> NDArray[np.float64]:
+    def sums(self) -> NDArray[np.float64] | None:
         """Return (n,) upper bounds on each column's sum, through the represented instances' mean projectors."""
         means = mean_similarity(self.factors, self.represented).astype(np.float64)
         return len(self.represented) * (means * (1.0 + 1e-4) + 1e-6)
 
     def rows(self, indices: NDArray[np.int64]) -> Kernel:
         """Return the kernel of some represented instances only."""
-        return FactorKernel(self.factors, represented=take(self.represented, indices), memory_limit=self.memory_limit)
+        return type(self)(self.factors, represented=take(self.represented, indices), memory_limit=self.memory_limit)
+
+    def candidates(self) -> FactorKernel:
+        """Return the kernel of the candidates with each other."""
+        return type(self)(self.factors, memory_limit=self.memory_limit)
+
+    def part(self, columns: NDArray[np.int64], rows: NDArray[np.int64] | None) -> FactorKernel:
+        """Return the kernel of some candidates, with some represented instances or each other."""
+        others = None if rows is None else take(self.represented, rows)
+        return type(self)(take(self.factors, columns), represented=others, memory_limit=self.memory_limit)
 
     def diagonal(self) -> NDArray[np.float64]:
         """Return (n,): the similarity of each instance with itself; below 1 where a matrix's factor is zero."""
@@ -208,7 +232,7 @@ def as_kernel(kernel: Kernel | Factors | ArrayLike, represented: Factors | Array
     """Return a kernel of whatever a strategy was given.
 
     Args:
-        kernel: a kernel, factors, or an (n, n) array.
+        kernel: a kernel, factors, an (n, n) array, or a sparse matrix of scipy's kind.
         represented: what the selection should stand for: factors (where `kernel` is factors), (r,) positions of
             instances, or an (r, n) array of their similarities with the candidates; every instance by default.
 
@@ -220,13 +244,17 @@ def as_kernel(kernel: Kernel | Factors | ArrayLike, represented: Factors | Array
     """
     if isinstance(kernel, Factors):
         kernel = FactorKernel(kernel)
+    if hasattr(kernel, "tocsr"):
+        from repmatch.selectors.sparse import SparseKernel
+
+        kernel = SparseKernel.of_matrix(kernel)
     whole = kernel if isinstance(kernel, Kernel) else DenseKernel(kernel)
     if represented is None:
         return whole
     if isinstance(represented, Factors):
         if not isinstance(whole, FactorKernel):
             raise SelectionError("represented factors need a kernel of factors: pass Factors or FactorKernel as kernel")
-        return FactorKernel(whole.factors, represented=represented, memory_limit=whole.memory_limit)
+        return type(whole)(whole.factors, represented=represented, memory_limit=whole.memory_limit)
     array = np.asarray(represented)
     if array.ndim == 1:
         if array.dtype == np.bool_:
@@ -239,17 +267,28 @@ def as_kernel(kernel: Kernel | Factors | ArrayLike, represented: Factors | Array
     return DenseKernel(array, rectangular=True)
 
 
+def among_candidates(kernel: Kernel | None) -> Kernel:
+    """Return the similarities of the candidates with each other, whatever the kernel's rows are.
+
+    Args:
+        kernel: a kernel whose rows are the candidates, or one of factors.
+
+    Returns:
+        A square kernel.
+
+    Raises:
+        SelectionError: its rows are other instances, or there is none.
+    """
+    if isinstance(kernel, FactorKernel) and not kernel.symmetric:
+        return kernel.candidates()
+    if kernel is None or kernel.shape[0] != kernel.shape[1]:
+        raise SelectionError("keeping picks apart needs the candidates' similarities with each other")
+    return kernel
+
+
 def _need_square(shape: tuple[int, int]) -> None:
     if shape[0] != shape[1]:
         raise SelectionError("this objective compares candidates with each other: it can't use a represented set")
-
-
-def _default_limit() -> int:
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = 8 << 30
-    return min(4 << 30, memory // 4)
 
 
 def _refuse_not_finite(array: Floats) -> None:

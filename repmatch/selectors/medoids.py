@@ -38,7 +38,8 @@ def k_medoids(
         k: how many to pick.
         constraints: balance, stratify, include and exclude; swaps stay within a group.
         passes: most passes over the instances.
-        progress: called after each greedy pick with picks made and wanted.
+        progress: called after each greedy pick with picks made and wanted. KeyboardInterrupt ends greedy early, or the
+            swaps.
 
     Returns:
         The selection; value is at least greedy facility location's. Gains are what each pick adds to those before it.
@@ -58,18 +59,20 @@ def k_medoids(
     swaps = _Swaps(given, start.indices, groups, np.asarray(rules.include, np.int64))
     closed = np.zeros(given.shape[1], np.bool_)
     closed[np.asarray(rules.exclude, np.int64)] = True
-    made, settled, notes = 0, False, start.notes
-    for _ in range(passes):
-        before = made
-        for lo in range(0, given.shape[1], BATCH):
-            batch = np.arange(lo, min(given.shape[1], lo + BATCH))
-            batch = batch[~closed[batch]]
-            made += swaps.improve(batch, given.columns(batch)) if len(batch) else 0
-        settled = made == before
-        if settled:
-            break
-    notes += (f"{made} swaps after greedy" + ("" if settled else f"; stopped after {passes} passes"),)
-    return _finish(given, swaps.picks, start, notes)
+    made, end = 0, f"; stopped after {passes} passes"
+    try:
+        for _ in range(passes):
+            before = made
+            for lo in range(0, given.shape[1], BATCH):
+                batch = np.arange(lo, min(given.shape[1], lo + BATCH))
+                batch = batch[~closed[batch]]
+                made += swaps.improve(batch, given.columns(batch)) if len(batch) else 0
+            if made == before:
+                end = ""
+                break
+    except KeyboardInterrupt:
+        end = "; interrupted, so that more may help"
+    return _finish(given, swaps.picks, start, (*start.notes, f"{made} swaps after greedy{end}"))
 
 
 def _finish(kernel: Kernel, picks: NDArray[np.int64], start: Selection, notes: tuple[str, ...]) -> Selection:

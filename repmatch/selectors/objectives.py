@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
 from repmatch.selectors.greedy import Objective
-from repmatch.selectors.kernels import Floats, Kernel
+from repmatch.selectors.kernels import DenseKernel, Kernel
 
 Concave = Literal["sqrt", "log"]
 
@@ -24,7 +25,9 @@ class Coverage(Objective):
 
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return what each of some candidates would add."""
-        return _by_columns(self.kernel, indices, lambda c: np.maximum(c - self.cover[:, None], 0.0))
+        from repmatch.selectors import _loops
+
+        return _by_lines(self.kernel, indices, _loops.cover_gains, self.cover)
 
     def add(self, index: int) -> None:
         """Note a pick."""
@@ -81,8 +84,9 @@ class SaturatedCoverage(Objective):
 
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return what each of some candidates would add."""
-        room = (self.limit - self.cover)[:, None]
-        return _by_columns(self.kernel, indices, lambda c: np.minimum(np.maximum(c, 0.0), room))
+        from repmatch.selectors import _loops
+
+        return _by_lines(self.kernel, indices, _loops.room_gains, self.limit - self.cover)
 
     def add(self, index: int) -> None:
         """Note a pick."""
@@ -112,7 +116,7 @@ class FeatureCoverage(Objective):
             concave: g: "sqrt" or "log" (of 1 + x).
             kernel: for the representatives only.
         """
-        x = np.asarray(features, np.float64)
+        x = np.ascontiguousarray(features, np.float64)
         if x.ndim != 2 or not np.isfinite(x).all() or (x < 0).any():
             raise SelectionError(f"features {x.shape} can't be used: expected (n, f) finite numbers of at least 0")
         w = np.ones(x.shape[1]) if weights is None else np.asarray(weights, np.float64)
@@ -127,6 +131,14 @@ class FeatureCoverage(Objective):
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return what each of some candidates would add."""
         out = np.empty(len(indices))
+        if self.concave is np.sqrt:
+            from repmatch.selectors import _loops
+
+            def part(lo: int, hi: int) -> None:
+                _loops.root_gains(self.features, indices, self.total, self.weights, lo, hi, out)
+
+            in_chunks(part, len(indices), least=64)
+            return out
         before = self.concave(self.total)
         step = max(1, (8 << 20) // max(1, 8 * len(self.weights)))
         for lo in range(0, len(indices), step):
@@ -163,7 +175,8 @@ class LogDeterminant(Objective):
         self.kernel, self.n = kernel, kernel.shape[1]
         self.left = kernel.diagonal() + ridge
         self.ridge = ridge
-        self.factor: list[NDArray[np.float64]] = []
+        self.factor = np.empty((0, self.n))
+        self.count = 0
 
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return what each of some candidates would add."""
@@ -173,11 +186,16 @@ class LogDeterminant(Objective):
         """Note a pick."""
         row = _column(self.kernel, index).astype(np.float64)
         row[index] += self.ridge
-        for known in self.factor:
-            row -= known[index] * known
+        known = self.factor[: self.count]
+        row -= known[:, index] @ known
         row /= np.sqrt(max(float(self.left[index]), self.least))
-        self.left = self.left - row**2
-        self.factor.append(row)
+        self.left -= np.square(row)
+        if self.count == len(self.factor):
+            larger = np.empty((max(16, 2 * self.count), self.n))  # pages that stay unused take no memory
+            larger[: self.count] = known
+            self.factor = larger
+        self.factor[self.count] = row
+        self.count += 1
 
 
 class MeanMatch(Objective):
@@ -220,6 +238,69 @@ class MeanMatch(Objective):
         self.within += float(2.0 * self.with_picks[index] + self.self_similarity[index])
         self.with_picks = self.with_picks + _column(self.kernel, index)
         self.count += 1
+
+
+class ScoreSum(Objective):
+    """The sum of the picks' scores: for mixtures, so that good instances are preferred among representative ones."""
+
+    cheap = True
+
+    def __init__(self, scores: ArrayLike, *, kernel: Kernel | None = None) -> None:
+        """Take scores.
+
+        Args:
+            scores: (n,) floats of at least 0.
+            kernel: for the representatives only.
+        """
+        self.scores = np.asarray(scores, np.float64)
+        if self.scores.ndim != 1 or not np.isfinite(self.scores).all() or (self.scores < 0).any():
+            raise SelectionError(
+                f"scores {self.scores.shape} can't be summed: expected (n,) finite numbers, at least 0"
+            )
+        self.n, self.kernel = len(self.scores), kernel
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        return self.scores[indices]
+
+    def add(self, index: int) -> None:
+        """Note a pick: nothing changes."""
+
+    def ceiling(self) -> float:
+        """Return the value of all instances together."""
+        return float(self.scores.sum())
+
+
+class SetFunction(Objective):
+    """Any function of a set, called on the picks and one candidate more: nothing is assumed of it."""
+
+    falling = False
+    monotone = False
+
+    def __init__(self, value: Callable[[NDArray[np.int64]], float], n: int, *, kernel: Kernel | None = None) -> None:
+        """Take a function.
+
+        Args:
+            value: gives the value of (t,) positions, t of at least 1.
+            n: candidates.
+            kernel: for the representatives only.
+        """
+        self.function, self.n, self.kernel = value, n, kernel
+        self.picks: list[int] = []
+        self.value = 0.0
+
+    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what each of some candidates would add."""
+        values = [float(self.function(np.array([*self.picks, j], np.int64))) for j in indices.tolist()]
+        if not np.isfinite(values).all():
+            place = int(indices[int(np.argmin(np.isfinite(values)))])
+            raise SelectionError(f"the function is {values[list(indices).index(place)]} with instance {place}")
+        return np.asarray(values, np.float64) - self.value
+
+    def add(self, index: int) -> None:
+        """Note a pick."""
+        self.picks.append(index)
+        self.value = float(self.function(np.array(self.picks, np.int64)))
 
 
 class Mixture(Objective):
@@ -274,13 +355,19 @@ def _row_sums(kernel: Kernel) -> NDArray[np.float64]:
     return out
 
 
-def _by_columns(
-    kernel: Kernel | None, indices: NDArray[np.int64], term: Callable[[Floats], Floats]
+def _by_lines(
+    kernel: Kernel | None, indices: NDArray[np.int64], loop: Callable[..., None], state: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Sum a term over the rows of columns, a block at a time."""
+    """Run a loop over some candidates' similarities with all rows, a block at a time, on all threads."""
     whole = _need(kernel)
     out = np.empty(len(indices))
-    step = max(1, (16 << 20) // (8 * max(1, whole.shape[0])))
-    for lo in range(0, len(indices), step):
-        out[lo : lo + step] = term(whole.columns(indices[lo : lo + step])).sum(axis=0, dtype=np.float64)
+    if isinstance(whole, DenseKernel) and whole.symmetric:
+        in_chunks(lambda lo, hi: loop(whole.array, indices, state, lo, hi, out), len(indices), least=16)
+        return out
+    step = max(1, (64 << 20) // (8 * max(1, whole.shape[0])))
+    for start in range(0, len(indices), step):
+        some = indices[start : start + step]
+        lines, part = np.ascontiguousarray(whole.columns(some).T), out[start : start + step]
+        which = np.arange(len(some))
+        in_chunks(lambda lo, hi, a=lines, w=which, p=part: loop(a, w, state, lo, hi, p), len(some), least=16)  # type: ignore[misc]
     return out

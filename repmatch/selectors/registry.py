@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError, UnknownNameError
-from repmatch.selectors.baselines import random, top
 from repmatch.selectors.constraints import Constraints
-from repmatch.selectors.facility import facility_location
+from repmatch.selectors.greedy import Progress
 from repmatch.selectors.kernels import Kernel
-from repmatch.selectors.large import partitioned
-from repmatch.selectors.medoids import k_medoids
 from repmatch.selectors.selection import Selection
-from repmatch.selectors.strategies import dpp, graph_cut, herding, k_center, saturated_coverage
 
 
 @dataclass(frozen=True)
@@ -28,8 +24,12 @@ class Problem:
         k: picks wanted.
         kernel: similarities, where there are any.
         scores: (n,) floats, one an instance, where there are any.
-        constraints: quotas that the picks must respect.
+        constraints: rules that the picks must respect.
         seed: for strategies that draw.
+        algorithm: how a strategy that knows several finds its picks; "auto" lets it choose.
+        parameters: numbers of the strategy's own, such as graph cut's trade.
+        mix: strategy -> weight, for the mixture.
+        progress: called after each pick with picks made and wanted.
     """
 
     n: int
@@ -38,6 +38,10 @@ class Problem:
     scores: NDArray[np.floating] | None = None
     constraints: Constraints = field(default_factory=Constraints)
     seed: int = 0
+    algorithm: str = "auto"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    mix: Mapping[str, float] = field(default_factory=dict)
+    progress: Progress | None = None
 
     def need_kernel(self) -> Kernel:
         """Return the kernel.
@@ -72,24 +76,56 @@ class Entry:
         solve: the strategy.
         summary: one sentence for lists.
         needs: "kernel", "scores" or neither.
+        algorithms: what `Problem.algorithm` may say besides "auto".
+        parameters: names that `Problem.parameters` may hold.
     """
 
     name: str
     solve: Strategy
     summary: str
     needs: tuple[str, ...] = ()
+    algorithms: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what the strategy does not know.
+
+        Args:
+            problem: what to solve.
+
+        Raises:
+            SelectionError: an algorithm or a parameter that is not the strategy's.
+        """
+        if problem.algorithm not in ("auto", *self.algorithms):
+            known = ", ".join(("auto", *self.algorithms))
+            raise SelectionError(f"{self.name} has no algorithm {problem.algorithm!r}: expected {known}")
+        for name in problem.parameters:
+            if name not in self.parameters:
+                known = ", ".join(self.parameters) or "none"
+                raise SelectionError(f"{self.name} has no parameter {name!r}: it takes {known}")
+        if problem.mix and self.name != "mixture":
+            raise SelectionError(f"weights of a mixture go with the strategy mixture, not with {self.name}")
 
 
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, summary: str, *, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
+def register(
+    name: str,
+    summary: str,
+    *,
+    needs: tuple[str, ...] = (),
+    algorithms: tuple[str, ...] = (),
+    parameters: tuple[str, ...] = (),
+) -> Callable[[Strategy], Strategy]:
     """Register a strategy under a name, as a decorator.
 
     Args:
         name: what users call it, for example "facility-location".
         summary: one sentence for lists.
         needs: "kernel", "scores" or neither.
+        algorithms: what `Problem.algorithm` may say besides "auto".
+        parameters: names that `Problem.parameters` may hold.
 
     Returns:
         A decorator that returns the strategy unchanged.
@@ -101,7 +137,7 @@ def register(name: str, summary: str, *, needs: tuple[str, ...] = ()) -> Callabl
     def add(solve: Strategy) -> Strategy:
         if name in _entries:
             raise SelectionError(f"a strategy named {name!r} is registered already: choose another name")
-        _entries[name] = Entry(name, solve, summary, needs)
+        _entries[name] = Entry(name, solve, summary, needs, algorithms, parameters)
         return solve
 
     return add
@@ -138,57 +174,11 @@ def select(name: str, problem: Problem) -> Selection:
 
     Returns:
         The selection.
+
+    Raises:
+        UnknownNameError: no strategy has that name.
+        SelectionError: the strategy does not know the algorithm or a parameter, or the rules can't be met.
     """
-    return strategy(name).solve(problem)
-
-
-@register("facility-location", "Picks that resemble every instance (greedy, exact).", needs=("kernel",))
-def _facility_location(problem: Problem) -> Selection:
-    return facility_location(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("top", "The highest scores.", needs=("scores",))
-def _top(problem: Problem) -> Selection:
-    return top(problem.need_scores(), problem.k, constraints=problem.constraints, kernel=problem.kernel)
-
-
-@register("random", "A draw by chance.")
-def _random(problem: Problem) -> Selection:
-    return random(problem.n, problem.k, problem.seed, constraints=problem.constraints, kernel=problem.kernel)
-
-
-@register("k-medoids", "Facility location, improved by swaps.", needs=("kernel",))
-def _k_medoids(problem: Problem) -> Selection:
-    return k_medoids(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("herding", "Picks whose mean is that of all (maximum mean discrepancy).", needs=("kernel",))
-def _herding(problem: Problem) -> Selection:
-    return herding(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("k-center", "No instance is far from a pick (farthest first).", needs=("kernel",))
-def _k_center(problem: Problem) -> Selection:
-    return k_center(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("graph-cut", "Picks that resemble all and differ from each other.", needs=("kernel",))
-def _graph_cut(problem: Problem) -> Selection:
-    return graph_cut(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("saturated-coverage", "All picks together cover every instance up to a limit.", needs=("kernel",))
-def _saturated_coverage(problem: Problem) -> Selection:
-    return saturated_coverage(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("dpp", "Picks that span a large volume (determinantal point process, greedy).", needs=("kernel",))
-def _dpp(problem: Problem) -> Selection:
-    return dpp(problem.need_kernel(), problem.k, constraints=problem.constraints)
-
-
-@register("partitioned", "Facility location in parts, for very many instances.", needs=("kernel",))
-def _partitioned(problem: Problem) -> Selection:
-    if problem.constraints.names():
-        raise SelectionError("the partitioned strategy takes no rules: use facility-location with them")
-    return partitioned(problem.need_kernel(), problem.k, seed=problem.seed)
+    entry = strategy(name)
+    entry.check(problem)
+    return entry.solve(problem)

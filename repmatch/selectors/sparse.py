@@ -1,6 +1,9 @@
-"""A kernel of nearest candidates only: memory and work of n·m in place of n²."""
+"""A kernel of some entries only: memory and work of the entries kept in place of n²."""
 
 from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +16,13 @@ BLOCK_BYTES = 128 << 20
 
 
 class SparseKernel:
-    """Each represented instance's m most similar candidates; every other similarity counts as 0.
+    """For each represented instance the candidates that are kept; every other similarity counts as 0.
 
     Attributes:
-        neighbours: (rows, m) int32 candidates.
-        values: (rows, m) float32 their similarities.
+        starts: (rows + 1,) int64, where each row's entries start.
+        neighbours: (e,) int32 candidates, in rising order within a row.
+        values: (e,) float32 or float64 their similarities.
+        n: candidates.
         symmetric: False: a candidate can be among an instance's nearest without the reverse.
         resolution: as of the kernel it was made from.
     """
@@ -25,33 +30,37 @@ class SparseKernel:
     symmetric = False
 
     def __init__(
-        self, neighbours: NDArray[np.int32], values: NDArray[np.float32], n: int, *, resolution: float = 0.0
+        self,
+        starts: NDArray[np.int64],
+        neighbours: NDArray[np.int32],
+        values: Floats,
+        n: int,
+        *,
+        resolution: float = 0.0,
     ) -> None:
-        """Take over the nearest candidates.
+        """Take over the entries.
 
         Args:
-            neighbours: (rows, m) int32 candidates, none twice in a row.
-            values: (rows, m) float32 their similarities.
+            starts: (rows + 1,) int64, where each row's entries start; the last is their number.
+            neighbours: (e,) int32 candidates, none twice in a row.
+            values: (e,) float32 or float64 their similarities.
             n: candidates.
             resolution: relative rounding error of an entry.
 
         Raises:
-            SelectionError: shapes that differ, a candidate out of range, a value that is not finite.
+            SelectionError: shapes that don't fit, a candidate out of range, a value that is not finite.
         """
-        if neighbours.shape != values.shape or neighbours.ndim != 2:
+        if neighbours.shape != values.shape or neighbours.ndim != 1 or not len(starts) or starts[-1] != len(values):
             raise SelectionError(
-                f"neighbours {neighbours.shape} and values {values.shape}: expected one (rows, m) each"
+                f"starts {starts.shape}, neighbours {neighbours.shape} and values {values.shape}: expected (rows + 1,) "
+                "and twice as many as the last start says"
             )
         if neighbours.size and not 0 <= neighbours.min() <= neighbours.max() < n:
             raise SelectionError(f"neighbours hold a position outside 0 to {n - 1}")
         if not np.isfinite(values).all():
             raise SelectionError("the values hold something that is not finite")
-        self.neighbours, self.values, self.n, self.resolution = neighbours, values, n, resolution
-        flat = neighbours.ravel()
-        order = np.argsort(flat, kind="stable")
-        self._rows = (order // max(1, neighbours.shape[1])).astype(np.int64)
-        self._column_values = values.ravel()[order]
-        self._starts = np.concatenate(([0], np.cumsum(np.bincount(flat, minlength=n))))
+        self.starts, self.neighbours, self.values = starts, neighbours, values
+        self.n, self.resolution = n, resolution
 
     @classmethod
     def nearest(cls, kernel: Kernel, m: int) -> SparseKernel:
@@ -66,35 +75,68 @@ class SparseKernel:
         """
         rows, n = kernel.shape
         m = min(m, n)
-        neighbours, values = np.empty((rows, m), np.int32), np.empty((rows, m), np.float32)
+        neighbours = np.empty((rows, m), np.int32)
+        values = np.empty((rows, m), kernel.columns(np.empty(0, np.int64)).dtype)
         step = max(1, min(1024, BLOCK_BYTES // (4 * max(1, n))))
         everyone = np.arange(n)
         for lo in range(0, rows, step):
             wanted = np.arange(lo, min(rows, lo + step))
             block = kernel.columns(wanted).T if kernel.symmetric else kernel.rows(wanted).columns(everyone)
             _keep(block, m, neighbours[lo : lo + step], values[lo : lo + step])
-        return cls(neighbours, values, n, resolution=kernel.resolution)
+        starts = np.arange(rows + 1, dtype=np.int64) * m
+        return cls(starts, neighbours.ravel(), values.ravel(), n, resolution=kernel.resolution)
+
+    @classmethod
+    def of_matrix(cls, matrix: Any) -> SparseKernel:
+        """Take a sparse matrix of scipy's kind, (rows, n); entries that are not stored count as 0.
+
+        Args:
+            matrix: anything with `tocsr`; scipy itself is not needed.
+
+        Returns:
+            The sparse kernel.
+        """
+        rows = matrix.tocsr().copy()
+        rows.sum_duplicates()
+        starts, neighbours = np.asarray(rows.indptr, np.int64), np.asarray(rows.indices, np.int32)
+        return cls(
+            starts,
+            neighbours,
+            np.asarray(rows.data, np.float32 if rows.dtype == np.float32 else np.float64),
+            int(rows.shape[1]),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Represented instances and candidates."""
-        return len(self.neighbours), self.n
+        return len(self.starts) - 1, self.n
 
-    def column(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    @cached_property
+    def _turned(self) -> tuple[NDArray[np.int64], NDArray[np.int32], Floats]:
+        from repmatch.selectors import _loops
+
+        counts = np.bincount(self.neighbours, minlength=self.n) if self.neighbours.size else np.zeros(self.n, np.int64)
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        rows, values = np.empty(len(self.values), np.int32), np.empty(len(self.values), self.values.dtype)
+        _loops.turn_sparse(self.starts, self.neighbours, self.values, starts[:-1].copy(), rows, values)
+        return starts, rows, values
+
+    def column(self, index: int) -> tuple[NDArray[np.int32], Floats]:
         """Return one candidate's column.
 
         Args:
             index: its position.
 
         Returns:
-            (c,) int64 rows that keep it, and (c,) float32 similarities.
+            (c,) int32 rows that keep it, and (c,) similarities.
         """
-        lo, hi = self._starts[index : index + 2]
-        return self._rows[lo:hi], self._column_values[lo:hi]
+        starts, rows, values = self._turned
+        lo, hi = starts[index : index + 2]
+        return rows[lo:hi], values[lo:hi]
 
     def columns(self, indices: NDArray[np.int64]) -> Floats:
         """Return (rows, c): the similarities of all represented instances with some candidates, 0 where not kept."""
-        out = np.zeros((self.shape[0], len(indices)), np.float32)
+        out = np.zeros((self.shape[0], len(indices)), self.values.dtype)
         for c, j in enumerate(indices):
             rows, values = self.column(int(j))
             out[rows, c] = values
@@ -106,24 +148,30 @@ class SparseKernel:
 
     def sums(self) -> NDArray[np.float64]:
         """Return (n,) sums of each column's positive entries, a little above for rounding."""
-        flat = np.maximum(self.values, 0.0).ravel().astype(np.float64)
-        return np.asarray(np.bincount(self.neighbours.ravel(), flat, minlength=self.n) * (1.0 + 1e-12), np.float64)
+        out = np.bincount(self.neighbours, np.maximum(self.values, 0.0).astype(np.float64), minlength=self.n)
+        return np.asarray(out * (1.0 + 1e-12), np.float64)
 
     def rows(self, indices: NDArray[np.int64]) -> Kernel:
         """Return the kernel of some represented instances only."""
-        return SparseKernel(self.neighbours[indices], self.values[indices], self.n, resolution=self.resolution)
+        counts = np.diff(self.starts)[indices]
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        kept = np.arange(starts[-1]) - np.repeat(starts[:-1] - self.starts[indices], counts)
+        return SparseKernel(starts, self.neighbours[kept], self.values[kept], self.n, resolution=self.resolution)
 
     def diagonal(self) -> NDArray[np.float64]:
         """Return (n,): the similarity of each instance with itself."""
         if self.shape[0] != self.n:
             raise SelectionError("this objective compares candidates with each other: it can't use a represented set")
-        own = self.neighbours == np.arange(self.n)[:, None]
-        return np.asarray((self.values * own).sum(axis=1), np.float64)
+        rows = np.repeat(np.arange(self.n), np.diff(self.starts))
+        own = rows == self.neighbours
+        out = np.zeros(self.n)
+        out[rows[own]] = self.values[own]
+        return out
 
     def means(self) -> NDArray[np.float64]:
         """Return (n,): each candidate's mean similarity with the represented instances, 0 where not kept."""
-        flat = self.values.ravel().astype(np.float64)
-        return np.bincount(self.neighbours.ravel(), flat, minlength=self.n) / max(1, self.shape[0])
+        total = np.bincount(self.neighbours, self.values.astype(np.float64), minlength=self.n)
+        return np.asarray(total / max(1, self.shape[0]), np.float64)
 
 
 def enough_neighbours(n: int, k: int) -> int:
@@ -139,7 +187,7 @@ def enough_neighbours(n: int, k: int) -> int:
     return min(n, max(64, -(-4 * n // max(1, k))))
 
 
-def _keep(block: Floats, m: int, neighbours: NDArray[np.int32], values: NDArray[np.float32]) -> None:
+def _keep(block: Floats, m: int, neighbours: NDArray[np.int32], values: Floats) -> None:
     """Write each row's m largest entries, in order of position."""
 
     def rows(lo: int, hi: int) -> None:

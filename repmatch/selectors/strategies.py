@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.constraints import Constraints
+from repmatch.selectors.constraints import Constraints, Positions, positions
 from repmatch.selectors.greedy import Objective, Progress, Search, Searched, solve
 from repmatch.selectors.kernels import Kernel, as_kernel
 from repmatch.selectors.objectives import (
@@ -88,6 +88,7 @@ def saturated_coverage(
     saturation: float = 0.1,
     search: Search = "auto",
     constraints: Constraints | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Selection:
     """Select instances that together cover every instance up to a share of its total similarity.
@@ -98,6 +99,7 @@ def saturated_coverage(
         saturation: the share, above 0, at most 1.
         search: how the best candidate is found.
         constraints: rules for the picks.
+        seed: for the stochastic search.
         progress: called after each pick with picks made and wanted.
 
     Returns:
@@ -110,6 +112,7 @@ def saturated_coverage(
         strategy="saturated-coverage",
         search=search,
         constraints=constraints,
+        seed=seed,
         progress=progress,
     )
 
@@ -269,6 +272,7 @@ def thin(
     *,
     scores: ArrayLike | None = None,
     limit: int | None = None,
+    exclude: Positions = (),
 ) -> Selection:
     """Select instances of which no two are more similar than a limit, best scores first.
 
@@ -277,6 +281,7 @@ def thin(
         most: two picks have at most this similarity.
         scores: (n,) floats; higher ones are considered first. In order of position by default.
         limit: most picks.
+        exclude: positions that are never picked.
 
     Returns:
         The selection, as large as the order allows; every instance left out is more similar than `most` to a pick,
@@ -291,6 +296,7 @@ def thin(
         )
     picks: list[int] = []
     free = np.ones(n, np.bool_)
+    free[positions(exclude, n, "exclude")] = False
     representative, similarity = np.full(n, -1, np.int64), np.zeros(n, np.float32)
     for index in np.argsort(-values, kind="stable"):
         if limit is not None and len(picks) >= limit:

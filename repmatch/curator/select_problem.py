@@ -1,0 +1,261 @@
+"""From names and columns in a store to the positions and arrays that strategies work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.blocks import choose_matrices, take
+from repmatch.curator.select_options import Ids, SelectOptions, picks_of
+from repmatch.datamodels import Factors
+from repmatch.errors import InputError, SelectionError, UsageError
+from repmatch.selectors import Constraints, FactorKernel, Problem, SignedKernel, strategy
+
+if TYPE_CHECKING:
+    from repmatch.store import Store
+
+NEEDS_NO_SIZE = ("budget", "min_gain", "coverage", "apart")
+RECTANGULAR = ("facility-location", "saturated-coverage", "k-medoids")  # work on what others represent
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A problem and what is needed to tell its solution in the user's words.
+
+    Attributes:
+        dataset: the dataset that is selected from.
+        problem: for the strategy.
+        ids: the ids selected from, the first candidates; instances of other datasets follow them.
+        own: the similarities of the dataset with itself, for the picks' representatives.
+        elsewhere: whether the picks stand for something other than the dataset itself.
+    """
+
+    dataset: str
+    problem: Problem
+    ids: tuple[str, ...]
+    own: FactorKernel
+    elsewhere: bool
+
+
+def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[[str], dict[str, float]]) -> Posed:
+    """Turn what the user asks into a problem.
+
+    Args:
+        store: the store.
+        source: the dataset's name, or a part of one: DATASET[SQL], a subset, a coreset.
+        options: what is asked.
+        scores_of: gives id -> score of a dataset against its own adapter, for strategies that need it.
+
+    Returns:
+        The problem.
+
+    Raises:
+        UsageError: options that exclude each other, or a size that is none.
+        UnknownNameError: no such dataset, subset, coreset or column.
+        InputError: a cost that is no number.
+        SelectionError: something the strategy can't use.
+    """
+    entry = strategy(options.strategy)
+    subset = store.resolve(source)
+    dataset, part = subset.dataset, subset.ids is not None or subset.where is not None
+    factors = store.factors(dataset, ids=store.members(subset).ids if part else None)
+    n = len(factors)
+    if not n:
+        raise UsageError(f"{source} has no instances to select from.")
+    if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
+        raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
+    kernel = SignedKernel if options.signed else FactorKernel
+    chosen = _matrices(factors, options.matrices)
+    rules = _constraints(store, dataset, options, factors.ids)
+    scores = None
+    if "scores" in entry.needs or "top" in options.mix:
+        by_id = scores_of(dataset)
+        scores = np.array([by_id[i] for i in factors.ids])
+    target = None if options.represent is None else _named(store, options.represent, options, "represent")
+    candidates, rules = _with_given(store, dataset, options, chosen, rules)
+    foreign = len(candidates) - n
+    if foreign and target is None:
+        target = chosen
+    if target is not None and options.strategy == "herding":
+        raise SelectionError("herding represents the whole dataset: use facility-location with --represent or --given")
+    if target is not None and "kernel" in entry.needs and options.strategy not in RECTANGULAR:
+        raise SelectionError(
+            f"{options.strategy} compares the dataset with itself: use {', '.join(RECTANGULAR)} to represent other sets"
+        )
+    problem = Problem(
+        n=len(candidates),
+        k=_size(options, n, rules),
+        kernel=kernel(candidates, represented=target),
+        scores=None if scores is None else np.concatenate((scores, np.zeros(foreign))),
+        constraints=rules,
+        seed=options.seed,
+        algorithm=options.algorithm,
+        parameters=options.parameters,
+        mix=options.mix,
+    )
+    entry.check(problem)
+    return Posed(dataset, problem, factors.ids, kernel(chosen), target is not None)
+
+
+def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
+    if options.k is not None:
+        return picks_of(options.k, n)
+    closed = {*np.asarray(rules.exclude, np.int64).tolist(), *np.asarray(rules.given, np.int64).tolist()}
+    return n - len([position for position in closed if position < n])
+
+
+def _matrices(factors: Factors, patterns: Sequence[str]) -> Factors:
+    if not patterns:
+        return factors
+    kept = [i for i, name in enumerate(factors.matrices) if any(fnmatchcase(name, p) for p in patterns)]
+    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in factors.matrices)]
+    if unused:
+        known = ", ".join(factors.matrices)
+        raise UsageError(f"no matrix matches {unused[0]!r}; expected patterns such as '*.value' over: {known}.")
+    return choose_matrices(factors, kept)
+
+
+def _ids(store: Store, dataset: str, what: Ids, option: str) -> list[str]:
+    """Return the ids that an option means, which must be of the dataset."""
+    if not isinstance(what, str):
+        return list(what)
+    subset = store.resolve(what)
+    if subset.dataset != dataset:
+        raise UsageError(f"--{option} {what} is of the dataset {subset.dataset!r}; expected instances of {dataset!r}.")
+    return list(store.members(subset).ids)
+
+
+def _places(ids: Sequence[str], known: dict[str, int], option: str) -> list[int]:
+    missing = [i for i in ids if i not in known]
+    if missing:
+        raise UsageError(f"--{option} names {missing[0]!r}, which has no factors in the dataset.")
+    return [known[i] for i in dict.fromkeys(ids)]
+
+
+def _named(store: Store, name: str, options: SelectOptions, option: str) -> Factors:
+    """Return the factors of a named set."""
+    subset = store.resolve(name)
+    ids = store.members(subset).ids
+    if not ids:
+        raise UsageError(f"--{option} {name} has no instances.")
+    return _matrices(store.factors(subset.dataset, ids=ids), options.matrices)
+
+
+def _with_given(
+    store: Store, dataset: str, options: SelectOptions, factors: Factors, rules: Constraints
+) -> tuple[Factors, Constraints]:
+    """Add what is given to the rules; instances of another dataset become candidates that can't be picked."""
+    known = {name: i for i, name in enumerate(factors.ids)}
+    if not options.given:
+        return factors, rules
+    if not isinstance(options.given, str) or store.resolve(options.given).dataset == dataset:
+        places = _places(_ids(store, dataset, options.given, "given"), known, "given")
+        return factors, replace(rules, given=places)
+    others = _named(store, options.given, options, "given")
+    n, total = len(factors), len(factors) + len(others)
+    pad = len(others)
+    rules = replace(
+        rules,
+        given=range(n, total),
+        balance=_padded(rules.balance, pad),
+        stratify=_padded(rules.stratify, pad),
+        groups=_padded(rules.groups, pad),
+        costs=None if rules.costs is None else np.concatenate((np.asarray(rules.costs, np.float64), np.ones(pad))),
+    )
+    return _joined(factors, others), rules
+
+
+def _padded(labels: Sequence[object] | NDArray[np.generic] | None, count: int) -> list[object] | None:
+    # What is given is never picked, so that it may have any label.
+    return None if labels is None else [*list(labels), *[labels[0]] * count]
+
+
+def _joined(a: Factors, b: Factors) -> Factors:
+    from repmatch.blocks import same_space
+
+    same_space(a, b)
+    if (a.bits is None) != (b.bits is None):
+        raise UsageError("the given set keeps factors in another encoding; ingest both with the same --encoding.")
+
+    def both(x: NDArray[Any] | None, y: NDArray[Any] | None) -> Any:
+        return None if x is None or y is None else np.concatenate((x, y))
+
+    joined = take(a, slice(0, len(a)))
+    return replace(
+        joined,
+        ids=(*a.ids, *b.ids),
+        flat=both(a.flat, b.flat),
+        bits=both(a.bits, b.bits),
+        norms=both(a.norms, b.norms),
+        cores=both(a.cores, b.cores),
+    )
+
+
+def _constraints(store: Store, dataset: str, options: SelectOptions, ids: tuple[str, ...]) -> Constraints:
+    if options.balance is not None and options.stratify is not None:
+        raise UsageError("--balance and --stratify are two answers to one question; give one of them.")
+    known = {name: i for i, name in enumerate(ids)}
+    groups, low, high = _quotas(store, dataset, options, ids)
+    return Constraints(
+        balance=None if options.balance is None else _column(store, dataset, options.balance, ids),
+        stratify=None if options.stratify is None else _column(store, dataset, options.stratify, ids),
+        groups=groups,
+        at_least=low,
+        at_most=high,
+        include=_places(_ids(store, dataset, options.include, "include"), known, "include"),
+        exclude=_places(_ids(store, dataset, options.exclude, "exclude"), known, "exclude"),
+        costs=None if options.budget is None else _costs(store, dataset, options.cost, ids),
+        budget=options.budget,
+        min_gain=options.min_gain,
+        coverage=options.coverage,
+        apart=options.apart,
+    )
+
+
+def _quotas(
+    store: Store, dataset: str, options: SelectOptions, ids: tuple[str, ...]
+) -> tuple[list[str] | None, dict[Hashable, int], dict[Hashable, int]]:
+    if not options.at_least and not options.at_most:
+        return None, {}, {}
+    if options.quota_field is None:
+        raise UsageError("at_least and at_most count values of a column: name it with quota_field.")
+    values = _column(store, dataset, options.quota_field, ids)
+    there = set(values)
+    for value in (*options.at_least, *options.at_most):
+        if str(value) not in there:
+            shown = ", ".join(sorted(there)[:10])
+            raise UsageError(f"no instance has {options.quota_field} {value!r}; its values: {shown}.")
+    low: dict[Hashable, int] = {str(v): int(c) for v, c in options.at_least.items()}
+    high: dict[Hashable, int] = {str(v): int(c) for v, c in options.at_most.items()}
+    return values, low, high
+
+
+def _column(store: Store, dataset: str, name: str, ids: tuple[str, ...]) -> list[str]:
+    column = dict(zip(store.ids(dataset), store.column(dataset, name), strict=True))
+    return ["(none)" if column[i] is None else str(column[i]) for i in ids]
+
+
+def _costs(store: Store, dataset: str, name: str, ids: tuple[str, ...]) -> NDArray[np.float64]:
+    """Return what each instance costs: the tokens that the model read of it, or a column of numbers."""
+    if name == "tokens":
+        quoted = dataset.replace("'", "''")
+        found = store.sql(f"SELECT id, tokens FROM instances WHERE dataset = '{quoted}'")
+        tokens = dict(zip(found["id"].to_list(), found["tokens"].to_list(), strict=True))
+        return np.array([float(tokens[i] or 0) for i in ids])
+    out = np.empty(len(ids))
+    for place, value in enumerate(_column(store, dataset, name, ids)):
+        try:
+            out[place] = float(value)
+        except ValueError:
+            out[place] = np.nan
+        if not (np.isfinite(out[place]) and out[place] > 0):
+            raise InputError(
+                f"the column {name!r} can't be a cost: it is {value!r} at {ids[place]!r}; expected a number above 0 in "
+                "every row. Leave such rows out with --exclude, or count tokens with --cost tokens."
+            )
+    return out
