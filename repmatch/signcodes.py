@@ -99,6 +99,30 @@ def _dots(codes: NDArray[np.uint8], table: NDArray[np.float32], start: int, out:
         out[i] = total
 
 
+@compiled
+def _pack(
+    values: NDArray[np.float32],
+    edges: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    out: NDArray[np.uint64],
+    finite: NDArray[np.bool_],
+) -> None:
+    for i in range(values.shape[0]):
+        bad = np.float32(0.0)
+        for m in range(edges.shape[0] - 1):
+            w, lo, last = starts[m], edges[m], edges[m + 1]
+            while lo < last:
+                part = values[i, lo : min(lo + 64, last)]
+                word = np.uint64(0)
+                for j in range(part.shape[0]):
+                    bad += part[j] * np.float32(0.0)  # NaN from here on where the number is NaN or infinite
+                    word |= np.uint64(part[j] < 0) << np.uint64(j)
+                out[i, w] = word
+                w += 1
+                lo += 64
+        finite[i] = bad == 0.0
+
+
 def word_starts(words: tuple[int, ...]) -> NDArray[np.int64]:
     """Return where each matrix's words start.
 
@@ -203,14 +227,26 @@ def encode(values: NDArray[np.floating[Any]], dims: tuple[int, ...]) -> NDArray[
     Returns:
         (n, W) uint64: bit j of a matrix's word w is 1 where number 64·w + j is negative; padding bits 0.
     """
-    parts, start = [], 0
-    for d in dims:
-        wide = np.zeros((len(values), -(-d // 64) * 64), np.bool_)
-        wide[:, :d] = values[:, start : start + d] < 0
-        packed = np.packbits(wide, axis=1, bitorder="little")
-        parts.append(packed.view("<u8").astype(np.uint64, copy=False))
-        start += d
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+    out = np.zeros((len(values), sum(-(-d // 64) for d in dims)), np.uint64)
+    pack(np.ascontiguousarray(values, np.float32), dims, out)
+    return out
+
+
+def pack(values: NDArray[np.float32], dims: tuple[int, ...], out: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Pack the signs of rank-1 factors into rows that are there, and look for NaN and infinity on the way.
+
+    Args:
+        values: (n, Σ d) float32, C order.
+        dims: d_out of each matrix.
+        out: (n, at least W) uint64, filled from the first word on; the rest is left alone.
+
+    Returns:
+        (n,) bool, False where a number is NaN or infinite.
+    """
+    starts = word_starts(tuple(-(-d // 64) for d in dims))
+    edges, finite = word_starts(dims), np.empty(len(values), np.bool_)
+    in_chunks(lambda lo, hi: _pack(values[lo:hi], edges, starts, out[lo:hi], finite[lo:hi]), len(values), least=1024)
+    return finite
 
 
 def decode(bits: NDArray[np.uint64], first_word: int, d: int) -> NDArray[np.float32]:

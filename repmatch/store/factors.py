@@ -77,18 +77,21 @@ class FactorTables(Instances):
         if not batch.rows:
             return
         check_unique(batch.rows)
-        rows_table(batch.rows)  # raises for what cannot be stored before anything is written
+        table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
         with self.writing():
             number = 0
             try:
                 with self._transaction() as conn:
-                    number = self._write_batch(conn, self.space(space_id), self.dataset(dataset_name), encoding, batch)
+                    known = self.space(space_id), self.dataset(dataset_name)
+                    number = self._write_batch(conn, *known, encoding, batch, table)
             except BaseException as error:
                 if not self._settled(number) or not isinstance(error, StoreError):
                     raise
                 logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
 
-    def _write_batch(self, conn: Any, space: Space, dataset: Dataset, encoding: Encoding, batch: FactorBatch) -> int:
+    def _write_batch(
+        self, conn: Any, space: Space, dataset: Dataset, encoding: Encoding, batch: FactorBatch, table: Any
+    ) -> int:
         payload = RowFormat(space.layout, encoding).encode(batch)
         file, record = self._segment_for(conn, space, encoding, payload.shape[1])
         entry = BatchEntry(
@@ -97,13 +100,13 @@ class FactorTables(Instances):
             crc32=zlib.crc32(payload.data),
             dataset=dataset_value(dataset),
             rows=batch.rows,
-            losses=tuple(float(x) for x in batch.losses),
-            tokens=tuple(int(x) for x in batch.tokens),
-            truncated=tuple(bool(x) for x in batch.truncated),
+            losses=tuple(np.asarray(batch.losses, np.float64).tolist()),
+            tokens=tuple(batch.tokens.tolist()),
+            truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
         )
         file.write(record.rows, payload)
         end = journal_of(file).write(record.journal_bytes, entry.to_frame())
-        enter_batch(conn, entry, file.number, end)
+        enter_batch(conn, entry, file.number, end, table)
         return entry.number
 
     def _settled(self, number: int) -> bool:
