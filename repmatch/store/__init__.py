@@ -4,7 +4,8 @@ from repmatch.store.datasets import Subset
 from repmatch.store.health import Finding
 from repmatch.store.members import Members
 from repmatch.store.runs import Run
+from repmatch.store.search import Hits, Search
 from repmatch.store.staging import Stage, StageSummary
 from repmatch.store.store import DEFAULT_PATH, Store, open  # noqa: A004
 
-__all__ = ["DEFAULT_PATH", "Finding", "Members", "Run", "Stage", "StageSummary", "Store", "Subset", "open"]
+__all__ = ["DEFAULT_PATH", "Finding", "Hits", "Members", "Run", "Search", "Stage", "StageSummary", "Store", "Subset", "open"]
