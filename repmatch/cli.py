@@ -10,14 +10,18 @@ from typing import NoReturn
 import click
 
 from repmatch import __version__
+from repmatch.commands.compact import compact
 from repmatch.commands.compare import compare
+from repmatch.commands.delete import delete
 from repmatch.commands.demo import demo
 from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
+from repmatch.commands.repair import repair
 from repmatch.commands.score import score
 from repmatch.commands.select import select
+from repmatch.commands.verify import verify
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -55,7 +59,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, info, demo):
+for command in (ingest, score, compare, nearest, select, export, delete, compact, verify, repair, info, demo):
     cli.add_command(command)
 
 

@@ -113,6 +113,43 @@ def _one_word(
 
 
 @compiled_exactly
+def _count(
+    a: NDArray[np.uint64],
+    pair: tuple[int, int],
+    words: tuple[int, int],
+    tile: NDArray[np.uint64],
+    width: int,
+    ones: NDArray[np.int64],
+) -> None:
+    """Count where the words of one matrix of two queries differ from those of a tile's columns."""
+    w, last = words
+    if w + 5 < last:
+        _six(a, pair[0], pair[1], w, tile, width, ones, True)
+        w += 6
+    else:
+        ones[:] = 0
+    while w + 5 < last:
+        _six(a, pair[0], pair[1], w, tile, width, ones, False)
+        w += 6
+    while w < last:
+        _one_word(a, pair[0], pair[1], w, tile, width, ones)
+        w += 1
+
+
+@compiled_exactly
+def _add_up(
+    ones: NDArray[np.int64], d: float, weight: NDArray[np.float64], signed: bool, sums: NDArray[np.float64]
+) -> None:
+    if signed:
+        for j in range(weight.shape[0]):
+            sums[j] += (d - 2.0 * np.float64(ones[j])) * weight[j]
+    else:
+        for j in range(weight.shape[0]):
+            difference = d - 2.0 * np.float64(ones[j])
+            sums[j] += difference * difference * weight[j]
+
+
+@compiled_exactly
 def _tile_scores(
     a: NDArray[np.uint64],
     live_a: NDArray[np.bool_],
@@ -139,30 +176,12 @@ def _tile_scores(
             k = min(i + 1, n - 1)
             total[:] = 0.0
             for m in range(count):
-                w, last = starts[m], starts[m + 1]
-                if w + 5 < last:
-                    _six(a, i, k, w, tile, width, ones, True)
-                    w += 6
-                else:
-                    ones[:] = 0
-                while w + 5 < last:
-                    _six(a, i, k, w, tile, width, ones, False)
-                    w += 6
-                while w < last:
-                    _one_word(a, i, k, w, tile, width, ones)
-                    w += 1
+                _count(a, (i, k), (starts[m], starts[m + 1]), tile, width, ones)
                 d, weight = np.float64(dims[m]), alive[m, :width]
-                for q in range(2):
-                    if not live_a[i if q == 0 else k, m]:
-                        continue
-                    h, sums = ones[q, :width], total[q, :width]
-                    if signed:
-                        for j in range(width):
-                            sums[j] += (d - 2.0 * np.float64(h[j])) * weight[j]
-                    else:
-                        for j in range(width):
-                            difference = d - 2.0 * np.float64(h[j])
-                            sums[j] += difference * difference * weight[j]
+                if live_a[i, m]:
+                    _add_up(ones[0], d, weight, signed, total[0])
+                if live_a[k, m]:
+                    _add_up(ones[1], d, weight, signed, total[1])
             for q in range(k - i + 1):
                 line, sums = out[i + q, first : first + width], total[q, :width]
                 for j in range(width):

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import BLOCK_BYTES, dense_block, row_blocks, same_space, second_moment, take
 from repmatch.datamodels import Factors, Layout
-from repmatch.errors import InputError, UsageError
+from repmatch.errors import UsageError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
@@ -443,7 +443,7 @@ def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> 
         directions = dense_block(queries, m, 0, len(queries))[:, :, 0]
         if signed:
             lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-            directions = directions / np.where(lengths > 0, lengths, 1.0)
+            directions = (directions / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
         for lo, hi in row_blocks(factors, m):
             overlap = directions @ dense_block(factors, m, lo, hi)[:, :, 0].T
             if not signed:

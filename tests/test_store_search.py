@@ -103,17 +103,18 @@ def test_search_is_exact(tmp_path: Path, encoding: str, rank: int, signed: bool)
 
 
 @pytest.mark.parametrize("encoding", ["float32", "float16", "sign"])
-def test_equal_factors_come_in_order_of_their_ids(tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_factors_come_in_order_of_their_ids(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, space = stores.open(tmp_path / "s"), make_space(1, DIMS)
     prepare(store, space, encoding)  # type: ignore[arg-type]
     made = make_factors(1, DIMS)
     assert made.flat is not None
     names = [f"{(i * 37) % 500:03d}" for i in range(500)]
     ones = np.ones(500, np.float32)
-    batch = FactorBatch(
-        tuple(make_row(name) for name in names), np.repeat(made.flat, 500, 0), None, np.ones((500, 3), np.float32), ones,
-        ones.astype(np.int32), ones > 2,
-    )  # fmt: skip
+    values, norms = np.repeat(made.flat, 500, 0), np.ones((500, 3), np.float32)
+    rows = tuple(make_row(name) for name in names)
+    batch = FactorBatch(rows, values, None, norms, ones, ones.astype(np.int32), ones > 2)
     store.append("d", space.id, encoding, batch)  # type: ignore[arg-type]
     expected = tuple(sorted(names))
     for limit in (repmatch.best.BUFFER_BYTES, 1):  # 1: equal scores are settled while they stream by

@@ -166,7 +166,14 @@ class Curator:
         return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed, where=where)
 
     def nearest_all(
-        self, dataset: str, ids: Sequence[str], *, k: int = 10, signed: bool = False, where: str | None = None, **no: Any
+        self,
+        dataset: str,
+        ids: Sequence[str],
+        *,
+        k: int = 10,
+        signed: bool = False,
+        where: str | None = None,
+        **no: Any,
     ) -> list[neighbours.Neighbours]:
         """Find the nearest instances to each of many stored ones in one pass; see `nearest`."""
         if any(value is not None for value in no.values()):

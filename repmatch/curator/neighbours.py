@@ -132,9 +132,7 @@ def _check_k(k: int) -> None:
         raise UsageError(f"-k {k} is out of range; expected 1 or more.")
 
 
-def _factors_of_text(
-    store: Store, dataset: str, row: Row, labels: tuple[str, ...], settings: Settings
-) -> Factors:
+def _factors_of_text(store: Store, dataset: str, row: Row, labels: tuple[str, ...], settings: Settings) -> Factors:
     from repmatch.curator.ingest import factors_of
     from repmatch.curator.workbench import Workbench
 

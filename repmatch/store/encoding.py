@@ -126,9 +126,9 @@ class RowFormat:
         for name, (got, expected) in shapes.items():
             if got != expected:
                 raise UsageError(f"the factors' {name} have shape {got}; this space needs {expected}.")
-        self._finite(batch, "norms", np.isfinite(batch.norms).all(axis=1))
+        self._finite(batch, "norms", np.asarray(np.isfinite(batch.norms).all(axis=1)))
         if self.encoding != "sign":  # sign codes: found while they are packed
-            self._finite(batch, "values", np.isfinite(batch.values).all(axis=1))
+            self._finite(batch, "values", np.asarray(np.isfinite(batch.values).all(axis=1)))
 
     @staticmethod
     def _finite(batch: FactorBatch, name: str, good: NDArray[np.bool_]) -> None:

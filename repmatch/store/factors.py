@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Space
+from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Row, Space
 from repmatch.errors import RepMatchError, StoreCorruptError, StoreError, UnknownNameError
 from repmatch.store.catalog import first
 from repmatch.store.encoding import RowFormat
@@ -89,6 +89,25 @@ class Located:
         )
 
 
+@dataclass(frozen=True)
+class RawBatch:
+    """Rows with their factors as a segment keeps them.
+
+    Attributes:
+        rows: the rows, n of them.
+        values: (n, row_bytes) uint8, C order.
+        losses: loss of each.
+        tokens: tokens of each.
+        truncated: whether each was cut.
+    """
+
+    rows: tuple[Row, ...]
+    values: NDArray[np.uint8]
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    truncated: tuple[bool, ...]
+
+
 class FactorTables(Instances):
     """Instance factors."""
 
@@ -112,32 +131,41 @@ class FactorTables(Instances):
         check_unique(batch.rows)
         table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
         with self.writing():
-            number = 0
-            try:
-                with self._transaction() as conn:
-                    known = self.space(space_id), self.dataset(dataset_name)
-                    number = self._write_batch(conn, *known, encoding, batch, table)
-            except BaseException as error:
-                if not self._settled(number) or not isinstance(error, StoreError):
-                    raise
-                logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
+            space = self.space(space_id)
+            raw = RawBatch(
+                rows=batch.rows,
+                values=RowFormat(space.layout, encoding).encode(batch),
+                losses=tuple(np.asarray(batch.losses, np.float64).tolist()),
+                tokens=tuple(batch.tokens.tolist()),
+                truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
+            )
+            self._append_raw(self.dataset(dataset_name), space, encoding, raw, table)
 
-    def _write_batch(
-        self, conn: Any, space: Space, dataset: Dataset, encoding: Encoding, batch: FactorBatch, table: Any
-    ) -> int:
-        payload = RowFormat(space.layout, encoding).encode(batch)
-        file, record = self._segment_for(conn, space, encoding, payload.shape[1])
+    def _append_raw(self, dataset: Dataset, space: Space, encoding: Encoding, raw: RawBatch, table: Any = None) -> None:
+        """Append encoded rows by the write protocol; nothing or all of it is there afterwards."""
+        number = 0
+        try:
+            with self._transaction() as conn:
+                number = self._write_batch(conn, (dataset, space, encoding), raw, table)
+        except BaseException as error:
+            if not self._settled(number) or not isinstance(error, StoreError):
+                raise
+            logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
+
+    def _write_batch(self, conn: Any, kind: tuple[Dataset, Space, Encoding], raw: RawBatch, table: Any) -> int:
+        dataset, space, encoding = kind
+        file, record = self._segment_for(conn, space, encoding, raw.values.shape[1])
         entry = BatchEntry(
             number=next_key(conn, "batches"),
             first=record.rows,
-            crc32=zlib.crc32(payload.data),
+            crc32=zlib.crc32(raw.values.data),
             dataset=dataset_value(dataset),
-            rows=batch.rows,
-            losses=tuple(np.asarray(batch.losses, np.float64).tolist()),
-            tokens=tuple(batch.tokens.tolist()),
-            truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
+            rows=raw.rows,
+            losses=raw.losses,
+            tokens=raw.tokens,
+            truncated=raw.truncated,
         )
-        file.write(record.rows, payload)
+        file.write(record.rows, raw.values)
         end = journal_of(file).write(record.journal_bytes, entry.to_frame())
         enter_batch(conn, entry, file.number, end, table)
         return entry.number

@@ -27,9 +27,9 @@ class MappedSegment:
         self._row_bytes = file.row_bytes
         with file.path.open("rb") as opened:
             self._map = mmap.mmap(opened.fileno(), file.offset(rows), access=mmap.ACCESS_READ)
-        self.rows: NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, rows * file.row_bytes, HEADER_BYTES
-        ).reshape(rows, file.row_bytes)
+        self.rows: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, rows * file.row_bytes, HEADER_BYTES).reshape(
+            rows, file.row_bytes
+        )
 
     def release(self, first: int, count: int) -> None:
         """Give back the memory of rows that a scan has passed; reading them again reads the file again.

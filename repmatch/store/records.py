@@ -109,9 +109,13 @@ def next_key(conn: Any, table: str) -> int:
         table: its name in `registry`.
 
     Returns:
-        One more than the largest key, from 1.
+        One more than the largest key, from 1; keys of segments and batches that were dropped are not used again.
     """
-    return int(first(conn.execute(f"SELECT coalesce(max(pk), 0) + 1 FROM registry.{table}"))[0])
+    spent = {"segments": "segment_pk", "batches": "last_batch"}.get(table)
+    query = f"SELECT coalesce(max(pk), 0) AS pk FROM registry.{table}"
+    if spent:
+        query += f" UNION ALL SELECT coalesce(max({spent}), 0) FROM registry.dropped"
+    return int(first(conn.execute(f"SELECT max(pk) + 1 FROM ({query})"))[0])
 
 
 def rows_table(rows: Sequence[Row]) -> Any:

@@ -59,9 +59,7 @@ class Search:
         space_id: another space than the dataset's.
     """
 
-    def __init__(
-        self, store: Searches, dataset: str, *, where: str | None = None, space_id: str | None = None
-    ) -> None:
+    def __init__(self, store: Searches, dataset: str, *, where: str | None = None, space_id: str | None = None) -> None:
         self._store = store
         self.dataset = dataset
         self._all = store._locate(dataset, space_id, None)
@@ -211,8 +209,8 @@ class Search:
         """Score a few instances so that equal factors get equal scores."""
         rows = self._located.part(places).load()
         if self.encoding == "sign":
-            return mean_scores(query, rows, signed=signed)[0]
-        return against(query, rows, signed=signed, exact=True).mean(axis=1).astype(np.float32)
+            return np.asarray(mean_scores(query, rows, signed=signed)[0])
+        return np.asarray(against(query, rows, signed=signed, exact=True).mean(axis=1), np.float32)
 
     def _ids(self, places: NDArray[np.int64]) -> dict[int, str]:
         keys = self._located.keys[places]

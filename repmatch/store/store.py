@@ -6,14 +6,14 @@ from pathlib import Path
 
 from repmatch.errors import UsageError
 from repmatch.store.base import Mode
-from repmatch.store.health import Health
+from repmatch.store.repair import Repair
 from repmatch.store.search import Searches
 from repmatch.store.staging import Stage
 
 DEFAULT_PATH = "repmatch-store"
 
 
-class Store(Health, Searches):
+class Store(Repair, Searches):
     """A store of datasets, factors, adapters, scores and coresets; a context manager."""
 
     def stage(self, dataset: str) -> Stage:
