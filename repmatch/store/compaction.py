@@ -55,6 +55,7 @@ class Compaction(Health):
         Raises:
             StoreCorruptError: a segment to be rewritten is damaged; nothing of it is moved. `repair` first.
         """
+        self._ready()
         with self.writing():
             before = folder_bytes(self.path)
             with self._reading() as conn:

@@ -52,6 +52,7 @@ class Removal(Compaction):
         """
         if (ids is None) == (where is None):
             raise UsageError("give the instances to delete by ids or by where, one of the two.")
+        self._ready()
         with self.writing():
             keys = self._filtered(dataset, where) if ids is None else np.unique(self._keys(dataset, ids))
             if not len(keys):
@@ -75,6 +76,7 @@ class Removal(Compaction):
             UsageError: it has coresets.
             UnknownNameError: there is no such dataset.
         """
+        self._ready()
         with self.writing():
             keys = self._filtered(dataset, None)
             with self._transaction() as conn:
