@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,12 +130,13 @@ class FactorTables(Instances):
         if not batch.rows:
             return
         check_unique(batch.rows)
-        table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
-        with self.writing():
+        with self.writing(), ThreadPoolExecutor(1) as pool:
             space = self.space(space_id)
+            values = pool.submit(RowFormat(space.layout, encoding).encode, batch)
+            table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
             raw = RawBatch(
                 rows=batch.rows,
-                values=RowFormat(space.layout, encoding).encode(batch),
+                values=values.result(),
                 losses=tuple(np.asarray(batch.losses, np.float64).tolist()),
                 tokens=tuple(batch.tokens.tolist()),
                 truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
@@ -165,8 +167,11 @@ class FactorTables(Instances):
             tokens=raw.tokens,
             truncated=raw.truncated,
         )
-        file.write(record.rows, raw.values)
-        end = journal_of(file).write(record.journal_bytes, entry.to_frame())
+        with ThreadPoolExecutor(1) as pool:  # the rows are on the disk before the journal speaks of them
+            written = pool.submit(file.write, record.rows, raw.values)
+            frame = entry.to_frame()
+            written.result()
+        end = journal_of(file).write(record.journal_bytes, frame)
         enter_batch(conn, entry, file.number, end, table)
         return entry.number
 
