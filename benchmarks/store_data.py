@@ -12,30 +12,7 @@ import numpy as np
 from repmatch import store as stores
 from repmatch.datamodels import Dataset, Encoding, FactorBatch, Fields, Matrix, Row, Space
 
-WORDS = [
-    "the",
-    "film",
-    "is",
-    "a",
-    "slow",
-    "and",
-    "moving",
-    "story",
-    "of",
-    "two",
-    "people",
-    "who",
-    "never",
-    "say",
-    "what",
-    "they",
-    "mean",
-    "until",
-    "it",
-    "is",
-    "too",
-    "late",
-]
+WORDS = "the film is a slow and moving story of two people who never say what they mean until it is too late"
 
 
 def space_of(matrices: int, d: int) -> Space:
@@ -47,9 +24,9 @@ def space_of(matrices: int, d: int) -> Space:
 
 def rows_of(lo: int, hi: int) -> tuple[Row, ...]:
     """Return rows of about 60 characters of text, as a user's would be."""
-    out = []
+    out, words = [], WORDS.split()
     for i in range(lo, hi):
-        text = " ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(12)) + f" {i}"
+        text = " ".join(words[(i * 7 + j * (1 + i % 5)) % len(words)] for j in range(12)) + f" {i}"
         label = ("negative", "positive")[i % 2]
         raw = json.dumps({"id": f"id-{i:07d}", "text": text, "label": label})
         out.append(Row(f"id-{i:07d}", raw, text, None, label, f"{i:032x}", f"{i + 1:032x}", "generated.jsonl", i + 1))

@@ -49,7 +49,8 @@ def _cosines(
 def _row_scores(
     query: NDArray[np.uint64],
     bits: NDArray[np.uint64],
-    live: NDArray[np.bool_],
+    live_query: NDArray[np.bool_],
+    live: NDArray[Any],
     starts: NDArray[np.int64],
     dims: NDArray[np.int64],
     weights: NDArray[np.float64],
@@ -64,7 +65,7 @@ def _row_scores(
         for w in range(words):
             ones[w] = np.int64(_popcount(query[w] ^ row[w]))
         for m in range(dims.shape[0]):
-            if live[i, m]:
+            if live_query[m] and live[i, m] != 0:
                 h = np.int64(0)
                 for w in range(starts[m], starts[m + 1]):
                     h += ones[w]
@@ -154,7 +155,7 @@ def _tile_scores(
     a: NDArray[np.uint64],
     live_a: NDArray[np.bool_],
     bits: NDArray[np.uint64],
-    live: NDArray[np.bool_],
+    live: NDArray[Any],
     starts: NDArray[np.int64],
     dims: NDArray[np.int64],
     weights: NDArray[np.float64],
@@ -171,7 +172,7 @@ def _tile_scores(
             for w in range(words):
                 tile[w, j] = bits[first + j, w]
             for m in range(count):
-                alive[m, j] = weights[m] if live[first + j, m] else 0.0
+                alive[m, j] = weights[m] if live[first + j, m] != 0 else 0.0
         for i in range(0, n, 2):
             k = min(i + 1, n - 1)
             total[:] = 0.0
@@ -255,8 +256,8 @@ def cosines(
 
 
 def kernel(
-    a: tuple[NDArray[np.uint64], NDArray[np.bool_]],
-    b: tuple[NDArray[np.uint64], NDArray[np.bool_]],
+    a: tuple[NDArray[np.uint64], NDArray[Any]],
+    b: tuple[NDArray[np.uint64], NDArray[Any]],
     words: tuple[int, ...],
     dims: tuple[int, ...],
     *,
@@ -265,8 +266,8 @@ def kernel(
     """Return the mean over matrices of the squared cosines of all pairs, (1 − 2h/d)².
 
     Args:
-        a: (na, W) uint64 codes and (na, m) bool, False where a factor is zero.
-        b: (nb, W) uint64 codes and (nb, m) bool.
+        a: (na, W) uint64 codes and (na, m) norms or bools, 0 where a factor is zero.
+        b: (nb, W) uint64 codes and (nb, m) norms or bools.
         words: words that each matrix takes; their sum is W.
         dims: d_out of each matrix.
         signed: the mean of the cosines themselves.
@@ -277,12 +278,12 @@ def kernel(
     starts, lengths = word_starts(words), np.asarray(dims, np.int64)
     weights = 1.0 / (len(dims) * lengths.astype(np.float64) ** (1 if signed else 2))
     left, right = np.ascontiguousarray(a[0]), b[0]
-    live_left, live_right = np.ascontiguousarray(a[1]), np.ascontiguousarray(b[1])
+    live_left, live_right = np.ascontiguousarray(a[1] != 0), b[1]
     out = np.empty((len(left), len(right)), np.float32)
 
     def one(lo: int, hi: int) -> None:
-        alive = live_right[lo:hi] & live_left[0]
-        _row_scores(left[0], right[lo:hi], alive, starts, lengths, weights, signed, out[0, lo:hi])
+        rows = right[lo:hi], live_left[0], live_right[lo:hi]
+        _row_scores(left[0], *rows, starts, lengths, weights, signed, out[0, lo:hi])
 
     def columns(lo: int, hi: int) -> None:
         part = np.empty((len(left), hi - lo), np.float32)

@@ -239,8 +239,7 @@ def kernel_block(a: Factors, b: Factors) -> NDArray[np.float32]:
     if a.bits is not None and b.bits is not None:
         from repmatch import signcodes
 
-        alive = [(f.bits, f.norms != 0) for f in (a, b) if f.bits is not None]
-        return signcodes.kernel(alive[0], alive[1], a.layout.words, a.layout.dims)
+        return signcodes.kernel((a.bits, a.norms), (b.bits, b.norms), a.layout.words, a.layout.dims)
     r, count = a.layout.rank, len(a.layout.dims)
     out = np.empty((len(a), len(b)), np.float32)
     step = max(64, BLOCK_BYTES // (16 * r * r * max(1, len(b))))
@@ -432,7 +431,7 @@ def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> 
     if queries.bits is not None and factors.bits is not None:
         from repmatch import signcodes
 
-        left, right = (queries.bits, queries.norms != 0), (factors.bits, factors.norms != 0)
+        left, right = (queries.bits, queries.norms), (factors.bits, factors.norms)
         return signcodes.kernel(left, right, layout.words, layout.dims, signed=signed)
     out = np.zeros((len(queries), len(factors)), np.float32)
     if layout.rank > 1 or factors.bits is not None:

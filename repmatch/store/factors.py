@@ -70,7 +70,7 @@ class Located:
         """
         form, n = RowFormat(self.space.layout, self.encoding), len(self.keys)
         segments, rows = self.segments, self.rows
-        if n and segments[0] == segments[-1] and bool((segments == segments[0]).all()) and _consecutive(rows):
+        if n and _in_one_piece(segments, rows):
             raw = self.maps[int(segments[0])].rows[rows[0] : rows[0] + n]
         else:
             raw = np.zeros((n, form.row_bytes), np.uint8)
@@ -311,5 +311,7 @@ class FactorTables(Instances):
         return Located(space, record.encoding, keys, segments, rows, {})
 
 
-def _consecutive(rows: NDArray[np.int64]) -> bool:
-    return bool((np.diff(rows) == 1).all())
+def _in_one_piece(segments: NDArray[np.int64], rows: NDArray[np.int64]) -> bool:
+    if segments[0] != segments[-1] or rows[-1] - rows[0] != len(rows) - 1:
+        return False  # the common case of both orders, told without a look at every row
+    return bool((segments == segments[0]).all()) and bool((rows[1:] - rows[:-1] == 1).all())

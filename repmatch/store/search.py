@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,6 @@ from repmatch.datamodels import Encoding, Factors, Layout, Space
 from repmatch.errors import SpaceMismatchError, StoreError, UnknownNameError, UsageError
 from repmatch.ranking import TIE
 from repmatch.similarity import against, mean_projectors, mean_scores, similarity_to
-from repmatch.store.factors import Located
 from repmatch.store.members import MemberTables
 
 if TYPE_CHECKING:
@@ -99,20 +100,20 @@ class Search:
         Raises:
             UnknownNameError: an id is not in the dataset or has no factor.
         """
-        return self._all.part(self._places(self._all, ids)).load(tuple(ids))
+        return self._factors(ids, self._store._keys(self.dataset, ids))
 
-    def _places(self, among: Located, ids: Sequence[str]) -> NDArray[np.int64]:
-        keys = self._store._keys(self.dataset, ids)
-        order = np.argsort(among.keys, kind="stable")
-        at = np.minimum(np.searchsorted(among.keys, keys, sorter=order), max(0, len(order) - 1))
-        places = order[at] if len(order) else np.zeros(len(keys), np.int64)
-        there = among.keys[places] == keys if len(order) else np.zeros(len(keys), np.bool_)
-        if not there.all():
+    def _factors(self, ids: Sequence[str], keys: NDArray[np.int64]) -> Factors:
+        places = _places(self._all.keys, np.arange(len(self._all.keys)), keys)
+        if len(places) and places.min() < 0:
             raise UnknownNameError(
-                f"instance {ids[int(np.argmin(there))]!r} of {self.dataset!r} has no factor in space {self.space.id}. "
+                f"instance {ids[int(np.argmin(places))]!r} of {self.dataset!r} has no factor in space {self.space.id}. "
                 f"Make it with: repmatch ingest FILE --dataset {self.dataset}"
             )
-        return np.asarray(places, np.int64)
+        return self._all.part(places).load(tuple(ids))
+
+    @cached_property
+    def _by_key(self) -> NDArray[np.int64]:
+        return np.argsort(self._located.keys, kind="stable")
 
     @property
     def keys(self) -> NDArray[np.int64]:
@@ -139,7 +140,8 @@ class Search:
         Returns:
             Hits for each id, in order.
         """
-        return self.nearest(self.factors(ids), k, signed=signed, exclude=ids)
+        keys = self._store._keys(self.dataset, ids)
+        return self._nearest(self._factors(ids, keys), k, signed, keys)
 
     def nearest(
         self, queries: Factors, k: int, *, signed: bool = False, exclude: Sequence[str] | None = None
@@ -159,14 +161,14 @@ class Search:
             UsageError: k is below 1.
             SpaceMismatchError: the queries are of another space.
         """
+        return self._nearest(queries, k, signed, None if exclude is None else self._store._keys(self.dataset, exclude))
+
+    def _nearest(self, queries: Factors, k: int, signed: bool, exclude: NDArray[np.int64] | None) -> list[Hits]:
         if k < 1:
             raise UsageError(f"k = {k} is out of range: expected 1 or more")
         skip = np.full(len(queries), -1, np.int64)
         if exclude is not None:
-            keys, order = self._store._keys(self.dataset, exclude), np.argsort(self._located.keys, kind="stable")
-            if len(order):
-                at = np.minimum(np.searchsorted(self._located.keys, keys, sorter=order), len(order) - 1)
-                skip = np.where(self._located.keys[order[at]] == keys, order[at], -1)
+            skip = _places(self._located.keys, self._by_key, exclude)
         k = min(k, len(self))
         step = max(1, min(QUERY_BYTES // (4 * self.layout.width), QUERY_BYTES // (24 * max(1, k))))
         out: list[Hits] = []
@@ -237,9 +239,18 @@ class Search:
         for lo in range(0, len(self), size):
             part = self._located.part(slice(lo, lo + size))
             yield lo, part.load()
-            for number in np.unique(part.segments).tolist():
-                rows = part.rows[part.segments == number]
-                part.maps[number].release(int(rows.min()), int(rows.max() - rows.min()) + 1)
+            edges = [0, *(np.flatnonzero(np.diff(part.segments)) + 1).tolist(), len(part.rows)]
+            for start, stop in pairwise(edges):  # in order of segment and row
+                first, last = int(part.rows[start]), int(part.rows[stop - 1])
+                part.maps[int(part.segments[start])].release(first, last - first + 1)
+
+
+def _places(among: NDArray[np.int64], order: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where keys stand among others, −1 where they do not; `order` sorts those."""
+    if not len(among):
+        return np.full(len(keys), -1, np.int64)
+    at = order[np.minimum(np.searchsorted(among, keys, sorter=order), len(order) - 1)]
+    return np.where(among[at] == keys, at, -1)
 
 
 def _nothing() -> Hits:
