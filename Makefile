@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench clean
+.PHONY: help install demo test test-slow lint wheel bench bench-store clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ wheel: $(STAMP) ## Build the wheel and try it in an empty environment
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py
+
+bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 12 GB of disk; PEERS=python with faiss)
+	$(BIN)/python benchmarks/bench_store.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis repmatch-demo

@@ -117,7 +117,7 @@ def worker_one(store: Path, repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         search = opened.search("d")
         ready = time.perf_counter() - began
-        names = [f"id-{i * 997:07d}" for i in range(1, 4 * repeats)]
+        names = [f"id-{i * 997 % len(search):07d}" for i in range(1, 4 * repeats)]
         search.nearest_to(names[:1], 10)
         coming = iter(names[1:])
         found = timed(lambda: search.nearest_to([next(coming)], 10), 3 * repeats)
@@ -136,7 +136,7 @@ def worker_many(store: Path) -> dict[str, Any]:
     """Search with a thousand queries at once."""
     with stores.open(store, mode="r") as opened:
         search = opened.search("d")
-        names = [f"id-{i * 997:07d}" for i in range(1000)]
+        names = [f"id-{i * 997 % len(search):07d}" for i in range(1000)]
         search.nearest_to(names[:3], 10)
         seconds = timed(lambda: search.nearest_to(names, 10), 1)
     return {"1,000 queries at once, seconds": seconds, "1,000 queries, peak bytes": peak()}

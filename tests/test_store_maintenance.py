@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_worker import filled, make_batch, make_row, make_rows, make_space, prepare, values_of
+from store_worker import filled, make_batch, make_row, make_rows, make_space, prepare, start, values_of
 
 from repmatch import store as stores
 from repmatch.datamodels import Adapter, Coreset
-from repmatch.errors import StoreCorruptError, UnknownNameError, UsageError
+from repmatch.errors import StoreCorruptError, StoreError, UnknownNameError, UsageError
 from repmatch.store.segment import HEADER_BYTES
 
 
@@ -170,6 +172,106 @@ def damaged_store(path: Path) -> stores.Store:
     store.save_adapter(Adapter("abc", space.id, "d", "m", {"lr": 1.0}, {}, a, b))
     store.save_scores("d", "abc", ["r1"], np.ones(1), np.ones((1, 2), "f4"))
     return store
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_flipped_bit_in_any_file_is_found_or_harmless(tmp_path: Path, seed: int) -> None:
+    """Segments, journals and adapters: every flip is found. The catalog: found, or in bytes that hold nothing."""
+    store = damaged_store(tmp_path / "s")
+    before, rng = content(store), np.random.default_rng(seed)
+    scores = store.scores("d", "abc").to_dicts()
+    files = [path for path in sorted((tmp_path / "s").rglob("*")) if path.is_file() and path.name != "store.lock"]
+    assert len(files) == 3 + 3 + 1 + 1
+    for path in files:
+        sound = path.read_bytes() if path.name != "catalog.duckdb" else None
+        copy = tmp_path / "copy"
+        if sound is None:
+            subprocess.run(["cp", str(path), str(copy)], check=True)  # by another process: ours may hold its lock
+        for at in rng.integers(0, path.stat().st_size, 3 if sound is not None else 5).tolist():
+            flip_bit(path, at, int(rng.integers(8)))
+            findings = store.verify()
+            if sound is not None:
+                assert [finding.where for finding in findings][:1] == [str(path)], (path, at)
+                path.write_bytes(sound)
+            else:
+                if not findings:
+                    assert content(store) == before
+                    assert store.scores("d", "abc").to_dicts() == scores
+                subprocess.run(["cp", str(copy), str(path)], check=True)
+    assert store.verify() == []
+
+
+def flip_bit(path: Path, at: int, bit: int) -> None:
+    code = (
+        "import sys; f=open(sys.argv[1],'r+b'); at=int(sys.argv[2]); f.seek(at); b=f.read(1); f.seek(at); "
+        "f.write(bytes([b[0] ^ 1 << int(sys.argv[3])]))"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code, str(path), str(at), str(bit)], check=True)
+
+
+def test_every_file_cut_short_is_found(tmp_path: Path) -> None:
+    store = damaged_store(tmp_path / "s")
+    files = [path for path in sorted((tmp_path / "s").rglob("*")) if path.parent.name in ("segments", "adapters")]
+    for path in files:
+        sound = path.read_bytes()
+        for size in (0, len(sound) // 2, len(sound) - 1):
+            os.truncate(path, size)
+            assert str(path) in [finding.where for finding in store.verify()], (path, size)
+            path.write_bytes(sound)
+    assert store.verify() == []
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A real one: a file system of a few megabytes, filled by appending and by compacting."""
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        store, space = stores.open(small / "s"), make_space()
+        prepare(store, space)
+        reached = 0
+        with pytest.raises(StoreError, match="full"):
+            while reached < 60_000:
+                rows = make_rows(*range(reached, reached + 1500))
+                store.append("d", space.id, "float32", make_batch(rows, space))
+                reached += 1500
+        assert 0 < reached < 60_000
+        assert store.ids("d") == [f"r{i}" for i in range(reached)]
+        assert store.verify() == []
+        with pytest.raises(StoreError, match="full"):
+            store.delete("d", where="n < 10")
+            store.compact()
+        assert set(content(store)) >= {f"r{i}" for i in range(10, reached)}
+        assert store.verify() == []
+        subprocess.run(["mount", "-o", "remount,size=60m", str(small)], check=True)
+        store.append("d", space.id, "float32", make_batch(make_rows(*range(reached, reached + 1500)), space))
+        store.delete("d", where="n < 100")
+        store.compact()
+        assert content(store) == expected(*range(100, reached + 1500))
+        assert store.verify() == []
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_readers_go_on_while_another_process_deletes_and_compacts(tmp_path: Path) -> None:
+    store, space = filled(tmp_path / "s", count=200, batch=100)
+    process = start("read", tmp_path / "s", 3.0)
+    round_ = 0
+    with store.writing():
+        while process.poll() is None and round_ < 40:
+            store.append("d", space.id, "float32", make_batch(make_rows(1000 + round_), space))
+            store.delete("d", ids=[f"r{100 + round_}"])
+            store.compact()
+            round_ += 1
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert int(out) > 1
+    assert round_ > 2
+    assert store.verify() == []
 
 
 def test_repair_of_a_sound_store_does_nothing(tmp_path: Path) -> None:

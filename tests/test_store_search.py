@@ -195,3 +195,42 @@ def test_one_query_scores_as_the_arrays_do(tmp_path: Path) -> None:
     (hits,) = store.search("d").nearest(take(factors, [4]), 300)
     found = dict(zip(hits.ids, hits.scores.tolist(), strict=True))
     np.testing.assert_allclose([found[name] for name in factors.ids], expected, atol=1e-6)
+
+
+def test_hostile_ids_are_found_and_deleted(tmp_path: Path) -> None:
+    odd = ["it's", 'say "hi"', "a\0b", "0012", "12", "", " ", "日本語 🙂", "x" * 10_000, "a\nb", "'; DROP TABLE x; --"]
+    store, space = stores.open(tmp_path / "s"), make_space(1, DIMS)
+    prepare(store, space, "sign")
+    made = make_factors(len(odd), DIMS)
+    assert made.flat is not None
+    ones = np.ones(len(odd), np.float32)
+    rows = tuple(make_row(name) for name in odd)
+    norms = np.ones((len(odd), 3), np.float32)
+    store.append(
+        "d", space.id, "sign", FactorBatch(rows, made.flat, None, norms, ones, ones.astype(np.int32), ones > 2)
+    )
+    frame = store.nearest("d", odd, 100)
+    for name in odd:
+        found = frame.filter(frame["query"] == name)["id"].to_list()
+        assert sorted(found) == sorted(other for other in odd if other != name)
+    store.delete("d", ids=odd[::2])
+    assert store.ids("d") == odd[1::2]
+    store.compact()
+    assert store.factors("d").ids == tuple(odd[1::2])
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "sign"])
+def test_factors_as_arrow(tmp_path: Path, encoding: str) -> None:
+    store = stored(tmp_path / "s", encoding, 1, n=50)
+    table = store.arrow_factors("d", size=20).read_all()
+    factors = store.factors("d")
+    assert table["id"].to_pylist() == list(factors.ids)
+    name = "codes" if encoding == "sign" else "values"
+    raw = factors.bits if factors.bits is not None else factors.flat
+    assert raw is not None
+    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].chunks])
+    np.testing.assert_array_equal(flat.reshape(50, -1), raw)
+    np.testing.assert_array_equal(np.asarray(table["norms"].to_pylist(), np.float32), factors.norms)
+    assert table.schema.metadata[b"encoding"] == encoding.encode()
+    assert store.arrow("SELECT id FROM instances LIMIT 3").num_rows == 3

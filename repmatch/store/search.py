@@ -236,13 +236,24 @@ class Search:
         size = int(np.clip(SCORE_BYTES // (4 * max(1, queries)), *_ROWS))
         if self.encoding != "sign":
             size = min(size, max(256, QUERY_BYTES // (4 * self.layout.width) * 8))
-        for lo in range(0, len(self), size):
-            part = self._located.part(slice(lo, lo + size))
+        lo, rest = 0, self._breaks
+        while lo < len(self):
+            rest = rest[np.searchsorted(rest, lo, side="right") :]
+            whole = int(rest[0]) if len(rest) else len(self)  # up to there the rows lie in one piece: no copy
+            hi = min(lo + size, whole if whole - lo >= size // 8 else lo + size // 8, len(self))
+            part = self._located.part(slice(lo, hi))
             yield lo, part.load()
             edges = [0, *(np.flatnonzero(np.diff(part.segments)) + 1).tolist(), len(part.rows)]
             for start, stop in pairwise(edges):  # in order of segment and row
                 first, last = int(part.rows[start]), int(part.rows[stop - 1])
                 part.maps[int(part.segments[start])].release(first, last - first + 1)
+            lo = hi
+
+    @cached_property
+    def _breaks(self) -> NDArray[np.int64]:
+        """Where the rows do not go on one after the other in one segment."""
+        segments, rows = self._located.segments, self._located.rows
+        return np.flatnonzero((segments[1:] != segments[:-1]) | (rows[1:] != rows[:-1] + 1)) + 1
 
 
 def _places(among: NDArray[np.int64], order: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from repmatch.errors import UsageError
+from repmatch.store.arrow import ArrowTables
 from repmatch.store.base import Mode
 from repmatch.store.repair import Repair
 from repmatch.store.search import Searches
@@ -13,7 +14,7 @@ from repmatch.store.staging import Stage
 DEFAULT_PATH = "repmatch-store"
 
 
-class Store(Repair, Searches):
+class Store(Repair, Searches, ArrowTables):
     """A store of datasets, factors, adapters, scores and coresets; a context manager."""
 
     def stage(self, dataset: str) -> Stage:
