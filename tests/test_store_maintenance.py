@@ -372,3 +372,41 @@ def test_a_lost_catalog_is_rebuilt_from_the_journals(tmp_path: Path, how: str) -
     assert again.info()["uuid"] == uuid
     assert again.adapter("abc") is not None
     assert again.verify() == []
+
+
+@pytest.mark.parametrize("encoding", ["float32", "sign"])
+def test_stores_of_one_space_unite_without_renumbering(tmp_path: Path, encoding: str) -> None:
+    one, space = stores.open(tmp_path / "one"), make_space()
+    prepare(one, space, encoding)  # type: ignore[arg-type]
+    one.append("d", space.id, encoding, make_batch(make_rows(0, 1, 2), space))  # type: ignore[arg-type]
+    two = stores.open(tmp_path / "two")
+    prepare(two, space, encoding)  # type: ignore[arg-type]
+    prepare(two, space, encoding, "e")  # type: ignore[arg-type]
+    two.append("d", space.id, encoding, make_batch(make_rows(5, 2, 4), space))  # type: ignore[arg-type]
+    two.append("e", space.id, encoding, make_batch(make_rows(7), space))  # type: ignore[arg-type]
+    two.save_adapter(
+        Adapter("abc", space.id, "d", "m", {"lr": 1.0}, {}, {"w": np.ones((1, 8))}, {"w": np.ones((9, 1))})
+    )
+    assert one.absorb(tmp_path / "two") == 3
+    whole = stores.open(tmp_path / "whole")
+    prepare(whole, space, encoding)  # type: ignore[arg-type]
+    whole.append("d", space.id, encoding, make_batch(make_rows(0, 1, 2, 5, 4), space))  # type: ignore[arg-type]
+    mine, theirs = one.factors("d"), whole.factors("d")
+    assert mine.ids == theirs.ids
+    for name in ("flat", "bits"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+    assert list(one.rows("d")) == list(whole.rows("d"))
+    assert one.factors("e").ids == ("r7",)
+    assert one.adapter("abc") is not None
+    assert one.absorb(tmp_path / "two") == 0
+    assert one.verify() == []
+    assert two.ids("d") == ["r5", "r2", "r4"]
+
+
+def test_stores_that_contradict_each_other_are_not_united(tmp_path: Path) -> None:
+    one, space = filled(tmp_path / "one", count=3)
+    two, _ = filled(tmp_path / "two", count=2)
+    two.append("d", space.id, "float32", make_batch([make_row("r1", text="other"), *make_rows(9)], space))
+    with pytest.raises(UsageError, match=r"1 instances of 'd' have other content.*'r1'"):
+        one.absorb(tmp_path / "two")
+    assert one.ids("d") == ["r0", "r1", "r2"]

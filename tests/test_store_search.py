@@ -16,7 +16,7 @@ from repmatch import store as stores
 from repmatch.blocks import take
 from repmatch.datamodels import FactorBatch, Factors
 from repmatch.errors import InputError, SpaceMismatchError, UnknownNameError, UsageError
-from repmatch.similarity import mean_similarity, score_instance
+from repmatch.similarity import mean_scores, mean_similarity, score_instance
 
 ENCODINGS = [("float32", 1), ("float16", 1), ("sign", 1), ("float32", 3), ("float16", 3)]
 DIMS = (70, 64, 5)
@@ -234,3 +234,22 @@ def test_factors_as_arrow(tmp_path: Path, encoding: str) -> None:
     np.testing.assert_array_equal(np.asarray(table["norms"].to_pylist(), np.float32), factors.norms)
     assert table.schema.metadata[b"encoding"] == encoding.encode()
     assert store.arrow("SELECT id FROM instances LIMIT 3").num_rows == 3
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("encoding", "rank"), [("float32", 1), ("sign", 1), ("float16", 3)])
+def test_scores_on_a_device(tmp_path: Path, encoding: str, rank: int, signed: bool) -> None:
+    from repmatch.curator.device_scores import DeviceScores
+
+    store = stored(tmp_path / "s", encoding, rank)
+    factors = store.factors("d")
+    found = DeviceScores("cpu")(take(factors, [1, 4, 9]), factors, signed=signed)
+    expected = mean_scores(take(factors, [1, 4, 9]), factors, signed=signed)
+    if encoding == "sign":
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    here, there = (store.search("d", scorer=s) for s in (mean_scores, DeviceScores("cpu")))
+    for a, b in zip(here.nearest_to(["n5", "n6"], 9), there.nearest_to(["n5", "n6"], 9), strict=True):
+        assert a.ids == b.ids
+        np.testing.assert_array_equal(a.scores, b.scores)

@@ -161,7 +161,7 @@ class Curator:
         if instance is not None:
             if text_pair is not None or label is not None:
                 raise UsageError("--text-pair and --label go with --text, not with an id.")
-            return neighbours.nearest_to_ids(self.store, dataset, [instance], k=k, signed=signed, where=where)[0]
+            return self.nearest_all(dataset, [instance], k=k, signed=signed, where=where)[0]
         row = Row("", "{}", text or "", text_pair, label or "", "", "", "", 0)
         return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed, where=where)
 
@@ -178,7 +178,8 @@ class Curator:
         """Find the nearest instances to each of many stored ones in one pass; see `nearest`."""
         if any(value is not None for value in no.values()):
             raise UsageError("--text, --text-pair and --label go with no id; give ids or a text, not both.")
-        return neighbours.nearest_to_ids(self.store, dataset, ids, k=k, signed=signed, where=where)
+        device = self.settings.device
+        return neighbours.nearest_to_ids(self.store, dataset, ids, k=k, signed=signed, where=where, device=device)
 
     def select(
         self,

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from repmatch.curator.settings import Settings
 from repmatch.datamodels import Factors, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
-from repmatch.similarity import chance
+from repmatch.similarity import chance, mean_scores
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
     import polars as pl
 
     from repmatch.store import Hits, Search, Store
+    from repmatch.store.search import Scorer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,14 @@ class Neighbours:
 
 
 def nearest_to_ids(
-    store: Store, dataset: str, ids: Sequence[str], *, k: int = 10, signed: bool = False, where: str | None = None
+    store: Store,
+    dataset: str,
+    ids: Sequence[str],
+    *,
+    k: int = 10,
+    signed: bool = False,
+    where: str | None = None,
+    device: str | None = None,
 ) -> list[Neighbours]:
     """Find the nearest instances to stored ones, from stored factors alone, in one pass for all of them.
 
@@ -58,6 +66,7 @@ def nearest_to_ids(
         k: how many each; the instance itself is left out.
         signed: by the cosine of the two ΔW, which sees labels, in place of the RepMatch score.
         where: an SQL condition that the found instances meet.
+        device: "cuda" or "cuda:N" computes there; anything else on the processor, which needs no torch.
 
     Returns:
         The neighbours of each, in order.
@@ -67,7 +76,7 @@ def nearest_to_ids(
         InputError: the factor of one is zero.
     """
     _check_k(k)
-    search = store.search(dataset, where=where)
+    search = store.search(dataset, where=where, scorer=_scorer(device))
     queries = search.factors(ids)
     still = np.flatnonzero(queries.norms.max(axis=1, initial=0.0) == 0.0)
     if len(still):
@@ -117,7 +126,7 @@ def nearest_to_text(
     if row.text_pair is not None and known.fields.text_pair_field is None:
         raise UsageError(f"the instances of {dataset!r} are single texts; leave --text-pair out.")
     queries = _factors_of_text(store, dataset, row, (row.label,) if row.label else known.labels, settings)
-    search = store.search(dataset, where=where)
+    search = store.search(dataset, where=where, scorer=_scorer(settings.device))
     best: dict[str, float] = {}
     for hit in search.nearest(queries, k, signed=signed):
         for name, score in zip(hit.ids, hit.scores.tolist(), strict=True):
@@ -125,6 +134,15 @@ def nearest_to_text(
     order = sorted(best, key=lambda name: (-best[name], name))[:k]
     scores = np.asarray([best[name] for name in order], dtype=np.float32)
     return Neighbours(dataset, tuple(order), scores, signed, 0.0 if signed else chance(search.layout))
+
+
+def _scorer(device: str | None) -> Scorer:
+    if device is None or not device.startswith("cuda"):
+        return mean_scores
+    from repmatch.curator.device_scores import DeviceScores
+    from repmatch.curator.workbench import pick_device
+
+    return DeviceScores(pick_device(device))
 
 
 def _check_k(k: int) -> None:

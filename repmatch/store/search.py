@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 SCORE_BYTES = 16 << 20  # of one block of scores: what caches hold
 QUERY_BYTES = 64 << 20  # of queries scored together, as float32
 _ROWS = (2048, 1 << 16)
+
+
+class Scorer(Protocol):
+    """Scores all pairs of queries and instances."""
+
+    def __call__(self, queries: Factors, factors: Factors, *, signed: bool = False) -> NDArray[np.float32]:
+        """Return (q, n) float32, exact for sign codes."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,19 @@ class Search:
         dataset: the dataset.
         where: a SQL condition that found instances must meet; None: all.
         space_id: another space than the dataset's.
+        scorer: computes scores of all pairs as `repmatch.similarity.mean_scores` does, on another device for example.
     """
 
-    def __init__(self, store: Searches, dataset: str, *, where: str | None = None, space_id: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Searches,
+        dataset: str,
+        *,
+        where: str | None = None,
+        space_id: str | None = None,
+        scorer: Scorer = mean_scores,
+    ) -> None:
+        self._scorer = scorer
         self._store = store
         self.dataset = dataset
         self._all = store._locate(dataset, space_id, None)
@@ -190,7 +207,7 @@ class Search:
 
         best = Best(len(queries), k, 0.0 if exact else TIE, skip, settle)
         for first, block in self.blocks(len(queries)):
-            best.add(mean_scores(queries, block, signed=signed), first)
+            best.add(self._scorer(queries, block, signed=signed), first)
         return self._ranked(queries, best, k, signed)
 
     def _ranked(self, queries: Factors, best: Best, k: int, signed: bool) -> list[Hits]:
@@ -271,18 +288,26 @@ def _nothing() -> Hits:
 class Searches(MemberTables):
     """Search over the factors of the store."""
 
-    def search(self, dataset: str, *, where: str | None = None, space_id: str | None = None) -> Search:
+    def search(
+        self,
+        dataset: str,
+        *,
+        where: str | None = None,
+        space_id: str | None = None,
+        scorer: Scorer = mean_scores,
+    ) -> Search:
         """Open a search over a dataset's factors, for any number of queries.
 
         Args:
             dataset: the dataset.
             where: a SQL condition that found instances must meet.
             space_id: another space than the dataset's.
+            scorer: computes the scores, such as `repmatch.curator.device_scores.DeviceScores("cuda")`.
 
         Returns:
             The search: a picture of what is committed now.
         """
-        return Search(self, dataset, where=where, space_id=space_id)
+        return Search(self, dataset, where=where, space_id=space_id, scorer=scorer)
 
     def nearest(
         self, dataset: str, ids: str | Sequence[str], k: int = 10, *, signed: bool = False, where: str | None = None
