@@ -217,7 +217,7 @@ def fresh(rows: list[Row], encoding: Encoding) -> np.ndarray:
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("REPMATCH_EXAMPLES", "6")),
+    max_examples=int(os.environ.get("REPMATCH_EXAMPLES", "5")),
     stateful_step_count=8,
     deadline=None,
     suppress_health_check=list(HealthCheck),

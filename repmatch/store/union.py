@@ -83,5 +83,5 @@ class Union(Repair):
         if clash:
             raise UsageError(
                 f"{len(clash)} instances of {dataset.name!r} have other content in {other.path}: "
-                f"{quote_list(clash, 3)}. Nothing was taken in. Ingest one of the two again, or give its dataset another name."
+                f"{quote_list(clash, 3)}. Nothing was taken in. Ingest one of the two again, or rename its dataset."
             )
