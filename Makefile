@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench bench-engine bench-select clean
+.PHONY: help install demo test test-slow lint wheel bench bench-engine bench-select bench-store clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib
 	$(SELECT_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check apricot-select==0.6.1 scikit-learn submodlib-py==0.0.3
 	$(BIN)/python benchmarks/bench_select.py --peers $(SELECT_PEERS)/bin/python
 	$(BIN)/python benchmarks/bench_select.py --codes 20000 50000 100000 --k 1000 --save build/select_codes.jsonl
+
+bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 12 GB of disk; PEERS=python with faiss)
+	$(BIN)/python benchmarks/bench_store.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis repmatch-demo

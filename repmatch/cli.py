@@ -10,7 +10,9 @@ from typing import NoReturn
 import click
 
 from repmatch import __version__
+from repmatch.commands.compact import compact
 from repmatch.commands.compare import compare
+from repmatch.commands.delete import delete
 from repmatch.commands.demo import demo
 from repmatch.commands.evaluate import evaluate
 from repmatch.commands.export import export
@@ -18,10 +20,12 @@ from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
 from repmatch.commands.plan import plan
+from repmatch.commands.repair import repair
 from repmatch.commands.score import score
 from repmatch.commands.select import select
 from repmatch.commands.study import study
 from repmatch.commands.suspects import suspects
+from repmatch.commands.verify import verify
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -59,7 +63,11 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, plan, score, compare, nearest, select, suspects, evaluate, study, export, info, demo):
+COMMANDS = (
+    *(ingest, plan, score, compare, nearest, select, suspects, evaluate, study, export),
+    *(delete, compact, verify, repair, info, demo),
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -40,12 +40,13 @@ class Context:
         self.output.close()
         logging.getLogger("repmatch").removeHandler(self._handler)
 
-    def open(self, *, as_json: bool = False, wait: float = 0.0) -> Store:
+    def open(self, *, as_json: bool = False, wait: float = 0.0, mode: Literal["r", "w"] | None = None) -> Store:
         """Open the store.
 
         Args:
             as_json: data as JSON.
             wait: seconds to wait for another writer.
+            mode: "r": never write; None: read and write.
 
         Returns:
             The store.
@@ -53,7 +54,7 @@ class Context:
         from repmatch.store import open as open_store
 
         self.output.as_json = as_json
-        return open_store(self.path, wait=wait)
+        return open_store(self.path, mode=mode, wait=wait)
 
     def curator(
         self, store: Store, made: Settings | None = None, *, epochs: int | None = None, **settings: Any

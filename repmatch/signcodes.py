@@ -12,9 +12,9 @@ import numpy as np
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from repmatch.compiled import compiled, in_chunks
+from repmatch.compiled import compiled, compiled_exactly, in_chunks
 
-TILE = 256  # columns kept in cache while rows stream by
+TILE = 512  # columns kept in cache while queries stream by
 
 
 def _ctpop(typing_context: Any, word: Any) -> Any:
@@ -45,49 +45,148 @@ def _cosines(
             out[i, m] = 1.0 - 2.0 * float(h) / dims[m]
 
 
-@compiled
-def _kernel(
-    a: NDArray[np.uint64],
-    b: NDArray[np.uint64],
-    live_a: NDArray[np.bool_],
-    live_b: NDArray[np.float64],
+@compiled_exactly
+def _row_scores(
+    query: NDArray[np.uint64],
+    bits: NDArray[np.uint64],
+    live_query: NDArray[np.bool_],
+    live: NDArray[Any],
     starts: NDArray[np.int64],
     dims: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    signed: bool,
     out: NDArray[np.float32],
 ) -> None:
-    count = dims.shape[0]
-    different = np.empty(TILE, np.int64)
-    total = np.empty(TILE, np.float64)
-    for first in range(0, b.shape[1], TILE):
-        width = min(TILE, b.shape[1] - first)
-        for i in range(a.shape[0]):
+    """Score one query, row by row; the same sums in the same order as `_tile_scores`."""
+    words = query.shape[0]
+    ones = np.empty(words, np.int64)
+    for i in range(bits.shape[0]):
+        row, total = bits[i, :words], 0.0
+        for w in range(words):
+            ones[w] = np.int64(_popcount(query[w] ^ row[w]))
+        for m in range(dims.shape[0]):
+            if live_query[m] and live[i, m] != 0:
+                h = np.int64(0)
+                for w in range(starts[m], starts[m + 1]):
+                    h += ones[w]
+                difference = np.float64(dims[m]) - 2.0 * np.float64(h)
+                total += (difference if signed else difference * difference) * weights[m]
+        out[i] = total
+
+
+@compiled_exactly
+def _six(
+    a: NDArray[np.uint64],
+    i: int,
+    k: int,
+    w: int,
+    tile: NDArray[np.uint64],
+    width: int,
+    ones: NDArray[np.int64],
+    fresh: bool,
+) -> None:
+    """Count where six words of two queries differ from those of a tile's columns; `fresh` begins the count."""
+    a0, a1, a2, a3, a4, a5 = a[i, w], a[i, w + 1], a[i, w + 2], a[i, w + 3], a[i, w + 4], a[i, w + 5]
+    c0, c1, c2, c3, c4, c5 = a[k, w], a[k, w + 1], a[k, w + 2], a[k, w + 3], a[k, w + 4], a[k, w + 5]
+    t0, t1, t2 = tile[w, :width], tile[w + 1, :width], tile[w + 2, :width]
+    t3, t4, t5 = tile[w + 3, :width], tile[w + 4, :width], tile[w + 5, :width]
+    h0, h1 = ones[0, :width], ones[1, :width]
+    if fresh:
+        h0[:] = 0
+        h1[:] = 0
+    for j in range(width):
+        b0, b1, b2, b3, b4, b5 = t0[j], t1[j], t2[j], t3[j], t4[j], t5[j]
+        low = _popcount(a0 ^ b0) + _popcount(a1 ^ b1) + _popcount(a2 ^ b2)
+        h0[j] += np.int64(low + _popcount(a3 ^ b3) + _popcount(a4 ^ b4) + _popcount(a5 ^ b5))
+        low = _popcount(c0 ^ b0) + _popcount(c1 ^ b1) + _popcount(c2 ^ b2)
+        h1[j] += np.int64(low + _popcount(c3 ^ b3) + _popcount(c4 ^ b4) + _popcount(c5 ^ b5))
+
+
+@compiled_exactly
+def _one_word(
+    a: NDArray[np.uint64], i: int, k: int, w: int, tile: NDArray[np.uint64], width: int, ones: NDArray[np.int64]
+) -> None:
+    x, y, column = a[i, w], a[k, w], tile[w, :width]
+    h0, h1 = ones[0, :width], ones[1, :width]
+    for j in range(width):
+        h0[j] += np.int64(_popcount(x ^ column[j]))
+        h1[j] += np.int64(_popcount(y ^ column[j]))
+
+
+@compiled_exactly
+def _count(
+    a: NDArray[np.uint64],
+    pair: tuple[int, int],
+    words: tuple[int, int],
+    tile: NDArray[np.uint64],
+    width: int,
+    ones: NDArray[np.int64],
+) -> None:
+    """Count where the words of one matrix of two queries differ from those of a tile's columns."""
+    w, last = words
+    if w + 5 < last:
+        _six(a, pair[0], pair[1], w, tile, width, ones, True)
+        w += 6
+    else:
+        ones[:] = 0
+    while w + 5 < last:
+        _six(a, pair[0], pair[1], w, tile, width, ones, False)
+        w += 6
+    while w < last:
+        _one_word(a, pair[0], pair[1], w, tile, width, ones)
+        w += 1
+
+
+@compiled_exactly
+def _add_up(
+    ones: NDArray[np.int64], d: float, weight: NDArray[np.float64], signed: bool, sums: NDArray[np.float64]
+) -> None:
+    if signed:
+        for j in range(weight.shape[0]):
+            sums[j] += (d - 2.0 * np.float64(ones[j])) * weight[j]
+    else:
+        for j in range(weight.shape[0]):
+            difference = d - 2.0 * np.float64(ones[j])
+            sums[j] += difference * difference * weight[j]
+
+
+@compiled_exactly
+def _tile_scores(
+    a: NDArray[np.uint64],
+    live_a: NDArray[np.bool_],
+    bits: NDArray[np.uint64],
+    live: NDArray[Any],
+    starts: NDArray[np.int64],
+    dims: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    signed: bool,
+    out: NDArray[np.float32],
+) -> None:
+    """Score all pairs: rows of `bits` are turned into columns tile by tile, two queries share every load."""
+    count, words, n = dims.shape[0], bits.shape[1], a.shape[0]
+    tile, alive = np.empty((words, TILE), np.uint64), np.empty((count, TILE), np.float64)
+    ones, total = np.empty((2, TILE), np.int64), np.empty((2, TILE), np.float64)
+    for first in range(0, bits.shape[0], TILE):
+        width = min(TILE, bits.shape[0] - first)
+        for j in range(width):
+            for w in range(words):
+                tile[w, j] = bits[first + j, w]
+            for m in range(count):
+                alive[m, j] = weights[m] if live[first + j, m] != 0 else 0.0
+        for i in range(0, n, 2):
+            k = min(i + 1, n - 1)
             total[:] = 0.0
             for m in range(count):
-                if not live_a[i, m]:
-                    continue
-                different[:] = 0
-                w, last = starts[m], starts[m + 1]
-                while w < last:  # three words at a time; slices of their own let the loops use vector instructions
-                    x0, b0 = a[i, w], b[w, first : first + width]
-                    if w + 2 < last:
-                        x1, b1 = a[i, w + 1], b[w + 1, first : first + width]
-                        x2, b2 = a[i, w + 2], b[w + 2, first : first + width]
-                        for j in range(width):
-                            ones = _popcount(x0 ^ b0[j]) + _popcount(x1 ^ b1[j]) + _popcount(x2 ^ b2[j])
-                            different[j] += np.int64(ones)
-                        w += 3
-                    else:
-                        for j in range(width):
-                            different[j] += np.int64(_popcount(x0 ^ b0[j]))
-                        w += 1
-                scale = 2.0 / dims[m]
-                alive = live_b[m, first : first + width]
+                _count(a, (i, k), (starts[m], starts[m + 1]), tile, width, ones)
+                d, weight = np.float64(dims[m]), alive[m, :width]
+                if live_a[i, m]:
+                    _add_up(ones[0], d, weight, signed, total[0])
+                if live_a[k, m]:
+                    _add_up(ones[1], d, weight, signed, total[1])
+            for q in range(k - i + 1):
+                line, sums = out[i + q, first : first + width], total[q, :width]
                 for j in range(width):
-                    cosine = 1.0 - scale * different[j]
-                    total[j] += cosine * cosine * alive[j]
-            line = out[i, first : first + width]
-            for j in range(width):
-                line[j] = total[j] / count
+                    line[j] = sums[j]
 
 
 @compiled
@@ -97,6 +196,30 @@ def _dots(codes: NDArray[np.uint8], table: NDArray[np.float32], start: int, out:
         for p in range(table.shape[0]):
             total += table[p, codes[i, start + p]]
         out[i] = total
+
+
+@compiled
+def _pack(
+    values: NDArray[np.float32],
+    edges: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    out: NDArray[np.uint64],
+    finite: NDArray[np.bool_],
+) -> None:
+    for i in range(values.shape[0]):
+        bad = np.float32(0.0)
+        for m in range(edges.shape[0] - 1):
+            w, lo, last = starts[m], edges[m], edges[m + 1]
+            while lo < last:
+                part = values[i, lo : min(lo + 64, last)]
+                word = np.uint64(0)
+                for j in range(part.shape[0]):
+                    bad += part[j] * np.float32(0.0)  # NaN from here on where the number is NaN or infinite
+                    word |= np.uint64(part[j] < 0) << np.uint64(j)
+                out[i, w] = word
+                w += 1
+                lo += 64
+        finite[i] = bad == 0.0
 
 
 def word_starts(words: tuple[int, ...]) -> NDArray[np.int64]:
@@ -133,41 +256,49 @@ def cosines(
 
 
 def kernel(
-    a: tuple[NDArray[np.uint64], NDArray[np.bool_]],
-    b: tuple[NDArray[np.uint64], NDArray[np.bool_]],
+    a: tuple[NDArray[np.uint64], NDArray[Any]],
+    b: tuple[NDArray[np.uint64], NDArray[Any]],
     words: tuple[int, ...],
     dims: tuple[int, ...],
+    *,
+    signed: bool = False,
 ) -> NDArray[np.float32]:
     """Return the mean over matrices of the squared cosines of all pairs, (1 − 2h/d)².
 
     Args:
-        a: (na, W) uint64 codes and (na, m) bool, False where a factor is zero.
-        b: (nb, W) uint64 codes and (nb, m) bool.
+        a: (na, W) uint64 codes and (na, m) norms or bools, 0 where a factor is zero.
+        b: (nb, W) uint64 codes and (nb, m) norms or bools.
         words: words that each matrix takes; their sum is W.
         dims: d_out of each matrix.
+        signed: the mean of the cosines themselves.
 
     Returns:
-        (na, nb) float32; the same bits of a pair always give the same number.
+        (na, nb) float32; the same bits of a pair always give the same number, whatever else is asked for.
     """
     starts, lengths = word_starts(words), np.asarray(dims, np.int64)
-    left, right = np.ascontiguousarray(a[0]), np.ascontiguousarray(b[0].T)
-    live_left, live_right = np.ascontiguousarray(a[1]), np.ascontiguousarray(b[1].T, dtype=np.float64)
-    out = np.empty((len(left), right.shape[1]), np.float32)
-    if len(left) >= right.shape[1]:
+    weights = 1.0 / (len(dims) * lengths.astype(np.float64) ** (1 if signed else 2))
+    left, right = np.ascontiguousarray(a[0]), b[0]
+    live_left, live_right = np.ascontiguousarray(a[1] != 0), b[1]
+    out = np.empty((len(left), len(right)), np.float32)
 
-        def rows(lo: int, hi: int) -> None:
-            _kernel(left[lo:hi], right, live_left[lo:hi], live_right, starts, lengths, out[lo:hi])
-
-        in_chunks(rows, len(left), least=64)
-        return out
+    def one(lo: int, hi: int) -> None:
+        rows = right[lo:hi], live_left[0], live_right[lo:hi]
+        _row_scores(left[0], *rows, starts, lengths, weights, signed, out[0, lo:hi])
 
     def columns(lo: int, hi: int) -> None:
         part = np.empty((len(left), hi - lo), np.float32)
-        mine, alive = np.ascontiguousarray(right[:, lo:hi]), np.ascontiguousarray(live_right[:, lo:hi])
-        _kernel(left, mine, live_left, alive, starts, lengths, part)
+        _tile_scores(left, live_left, right[lo:hi], live_right[lo:hi], starts, lengths, weights, signed, part)
         out[:, lo:hi] = part
 
-    in_chunks(columns, right.shape[1], least=TILE)
+    def rows(lo: int, hi: int) -> None:
+        _tile_scores(left[lo:hi], live_left[lo:hi], right, live_right, starts, lengths, weights, signed, out[lo:hi])
+
+    if len(left) == 1:
+        in_chunks(one, len(right), least=4096)
+    elif len(right) >= len(left):
+        in_chunks(columns, len(right), least=TILE)
+    else:
+        in_chunks(rows, len(left), least=64)
     return out
 
 
@@ -203,14 +334,26 @@ def encode(values: NDArray[np.floating[Any]], dims: tuple[int, ...]) -> NDArray[
     Returns:
         (n, W) uint64: bit j of a matrix's word w is 1 where number 64·w + j is negative; padding bits 0.
     """
-    parts, start = [], 0
-    for d in dims:
-        wide = np.zeros((len(values), -(-d // 64) * 64), np.bool_)
-        wide[:, :d] = values[:, start : start + d] < 0
-        packed = np.packbits(wide, axis=1, bitorder="little")
-        parts.append(packed.view("<u8").astype(np.uint64, copy=False))
-        start += d
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+    out = np.zeros((len(values), sum(-(-d // 64) for d in dims)), np.uint64)
+    pack(np.ascontiguousarray(values, np.float32), dims, out)
+    return out
+
+
+def pack(values: NDArray[np.float32], dims: tuple[int, ...], out: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Pack the signs of rank-1 factors into rows that are there, and look for NaN and infinity on the way.
+
+    Args:
+        values: (n, Σ d) float32, C order.
+        dims: d_out of each matrix.
+        out: (n, at least W) uint64, filled from the first word on; the rest is left alone.
+
+    Returns:
+        (n,) bool, False where a number is NaN or infinite.
+    """
+    starts = word_starts(tuple(-(-d // 64) for d in dims))
+    edges, finite = word_starts(dims), np.empty(len(values), np.bool_)
+    in_chunks(lambda lo, hi: _pack(values[lo:hi], edges, starts, out[lo:hi], finite[lo:hi]), len(values), least=1024)
+    return finite
 
 
 def decode(bits: NDArray[np.uint64], first_word: int, d: int) -> NDArray[np.float32]:

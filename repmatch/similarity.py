@@ -6,7 +6,7 @@ section 7.2 (the subspace similarity φ); Modarres et al. 2024, RepMatch (its ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -15,11 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import BLOCK_BYTES, dense_block, row_blocks, same_space, second_moment, take
 from repmatch.datamodels import Factors, Layout
-from repmatch.errors import InputError, UsageError
+from repmatch.errors import UsageError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-ROWS = 1 << 16  # instances scored at a time by top_k
-TIE = 4e-6  # float32 scores closer than this are compared in float64
 Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
 
 
@@ -241,8 +239,7 @@ def kernel_block(a: Factors, b: Factors) -> NDArray[np.float32]:
     if a.bits is not None and b.bits is not None:
         from repmatch import signcodes
 
-        alive = [(f.bits, f.norms != 0) for f in (a, b) if f.bits is not None]
-        return signcodes.kernel(alive[0], alive[1], a.layout.words, a.layout.dims)
+        return signcodes.kernel((a.bits, a.norms), (b.bits, b.norms), a.layout.words, a.layout.dims)
     r, count = a.layout.rank, len(a.layout.dims)
     out = np.empty((len(a), len(b)), np.float32)
     step = max(64, BLOCK_BYTES // (16 * r * r * max(1, len(b))))
@@ -294,15 +291,54 @@ def mean_similarity(factors: Factors, to: Factors) -> NDArray[np.float32]:
         (n,) float32 in [0, 1], mean over matrices.
     """
     same_space(factors, to)
-    if len(to) == 0:
+    return similarity_to(factors, mean_projectors([to]))
+
+
+def mean_projectors(parts: Iterable[Factors]) -> list[NDArray[np.float32]]:
+    """Return the mean projectors P̄ of a set that comes in parts, for `similarity_to`.
+
+    Args:
+        parts: the set's factors, all of one space.
+
+    Returns:
+        m arrays (d_out, d_out) float32.
+
+    Raises:
+        UsageError: the set is empty.
+    """
+    sums: list[NDArray[np.float64]] = []
+    count = 0
+    for part in parts:
+        count += len(part)
+        for m in range(len(part.layout.dims)):
+            weights = np.ones(len(part), np.float32)
+            if part.layout.rank > 1:
+                weights = np.concatenate(
+                    [np.empty(0, np.float32)]
+                    + [_missing_rank(dense_block(part, m, lo, hi)) for lo, hi in row_blocks(part, m)]
+                )
+            moment = second_moment(part, m, weights)
+            if m == len(sums):
+                sums.append(moment)
+            else:
+                sums[m] += moment
+    if count == 0:
         raise UsageError("the mean similarity to an empty set is not defined: expected at least one instance")
+    return [(total / count).astype(np.float32) for total in sums]
+
+
+def similarity_to(factors: Factors, projectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return each instance's mean kernel value with the set that mean projectors were made of.
+
+    Args:
+        factors: n instances.
+        projectors: from `mean_projectors`, of the same space.
+
+    Returns:
+        (n,) float32 in [0, 1], mean over matrices.
+    """
     total = np.zeros(len(factors))
-    for m in range(len(factors.layout.dims)):
-        weights = None
-        if to.layout.rank > 1:
-            weights = np.concatenate([_missing_rank(dense_block(to, m, lo, hi)) for lo, hi in row_blocks(to, m)])
-            weights /= len(to)
-        moment = second_moment(to, m, weights).astype(np.float32)
+    for m, moment in enumerate(projectors):
         for lo, hi in row_blocks(factors, m):
             block = _at_full_rank(dense_block(factors, m, lo, hi))
             image = np.matmul(moment, block) if block.shape[2] > 1 else (block[:, :, 0] @ moment)[:, :, None]
@@ -339,11 +375,21 @@ def score_instance(factors: Factors, query: Factors, *, signed: bool = False) ->
     Returns:
         (n, m) float32; 0 where either factor is zero.
     """
-    return _against(query, factors, signed=signed).astype(np.float32)
+    return against(query, factors, signed=signed).astype(np.float32)
 
 
-def _against(query: Factors | Blocks, factors: Factors, *, signed: bool, exact: bool = False) -> Floats:
-    """Score instances against an adapter or one instance, per matrix; exact: in float64."""
+def against(query: Factors | Blocks, factors: Factors, *, signed: bool, exact: bool = False) -> Floats:
+    """Score instances against an adapter or one instance, per matrix.
+
+    Args:
+        query: one instance of the same space, or an adapter as `score_against` (signed: as `signed_against`) takes it.
+        factors: n instances.
+        signed: the cosine of the two ΔW in place of the RepMatch score.
+        exact: in float64, each row on its own, so that equal rows get equal scores wherever they stand.
+
+    Returns:
+        (n, m) float32, or float64 where exact; 0 where either factor is zero.
+    """
     if not isinstance(query, Factors):
         return _cosines(factors, query, exact=exact) if signed else _scores(factors, query, exact=exact)
     same_space(factors, query)
@@ -365,85 +411,45 @@ def _against(query: Factors | Blocks, factors: Factors, *, signed: bool, exact: 
     return out
 
 
-def top_k(
-    query: int | Factors | Blocks,
-    factors: Factors,
-    k: int,
-    *,
-    signed: bool = False,
-    exclude: Sequence[int] | NDArray[np.integer[Any]] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the k instances most similar to a query, exact, best first.
+def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> NDArray[np.float32]:
+    """Return the scores of all pairs of queries and instances, mean over the matrices.
 
     Args:
-        query: a position in `factors`, one instance's factors, or an adapter as `score_against` (signed: as
-            `signed_against`) takes it.
-        factors: n instances.
-        k: how many; all of them where k exceeds what is left.
-        signed: by the cosine of the two ΔW in place of the RepMatch score.
-        exclude: positions that must not be returned; the query itself is returned unless named here.
+        queries: q instances.
+        factors: n instances of the same space.
+        signed: the cosine of the two ΔW in place of the RepMatch score.
 
     Returns:
-        (k,) int64 positions and (k,) float32 scores, mean over matrices; equal scores in order of their ids.
-    """
-    if isinstance(query, int | np.integer):
-        if not 0 <= query < len(factors):
-            raise UsageError(f"query {query} is out of range: expected 0 to {len(factors) - 1}")
-        query = take(factors, slice(int(query), int(query) + 1))
-    parts = []
-    for lo in range(0, len(factors), ROWS):
-        piece = take(factors, slice(lo, min(len(factors), lo + ROWS)))
-        parts.append(_against(query, piece, signed=signed).mean(axis=1))
-    means = np.concatenate(parts) if parts else np.empty(0, np.float32)
-    if factors.bits is None and len(means):  # float32 products of equal rows may differ in their last bit: settle ties
-        close, _ = best_k(means, factors.ids, k, exclude=exclude)
-        last = means[close].min(initial=np.float32(np.inf))
-        near = np.flatnonzero(means >= last - TIE)
-        for lo in range(0, len(near), ROWS):
-            rows = near[lo : lo + ROWS]
-            means[rows] = _against(query, take(factors, rows), signed=signed, exact=True).mean(axis=1)
-    return best_k(means, factors.ids, k, exclude=exclude)
-
-
-def best_k(
-    scores: NDArray[np.float32],
-    ids: Sequence[str],
-    k: int,
-    *,
-    exclude: Sequence[int] | NDArray[np.integer[Any]] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the k highest scores, best first; equal scores in order of their ids.
-
-    Args:
-        scores: (n,) float32.
-        ids: n ids.
-        k: how many; all of them where k exceeds what is left.
-        exclude: positions that must not be returned.
-
-    Returns:
-        (k,) int64 positions and (k,) float32 scores.
+        (q, n) float32. Sign codes: exact, equal codes give equal numbers. Floats: float32 matrix products, right to
+        about 1e-6.
 
     Raises:
-        InputError: a score is not a number.
-        UsageError: k is negative.
+        SpaceMismatchError: the two are of different spaces.
     """
-    if k < 0:
-        raise UsageError(f"k = {k} is negative: expected 0 or more")
-    if not np.isfinite(scores).all():
-        raise InputError(f"the score of {ids[int(np.argmin(np.isfinite(scores)))]!r} is not a finite number")
-    allowed = np.ones(len(scores), np.bool_)
-    if exclude is not None:
-        allowed[np.asarray(exclude, np.int64)] = False
-    places = np.flatnonzero(allowed)
-    k = min(k, len(places))
-    if k == 0:
-        return np.empty(0, np.int64), np.empty(0, np.float32)
-    last = np.partition(scores[places], len(places) - k)[len(places) - k]
-    above = places[scores[places] > last]
-    tied = sorted(places[scores[places] == last].tolist(), key=lambda i: ids[i])[: k - len(above)]
-    order = sorted(above.tolist(), key=lambda i: (-scores[i], ids[i])) + tied
-    picked = np.asarray(order, np.int64)
-    return picked, scores[picked]
+    same_space(queries, factors)
+    layout = factors.layout
+    if queries.bits is not None and factors.bits is not None:
+        from repmatch import signcodes
+
+        left, right = (queries.bits, queries.norms), (factors.bits, factors.norms)
+        return signcodes.kernel(left, right, layout.words, layout.dims, signed=signed)
+    out = np.zeros((len(queries), len(factors)), np.float32)
+    if layout.rank > 1 or factors.bits is not None:
+        for row in range(len(queries)):
+            out[row] = against(take(queries, slice(row, row + 1)), factors, signed=signed).mean(axis=1)
+        return out
+    for m in range(len(layout.dims)):
+        directions = dense_block(queries, m, 0, len(queries))[:, :, 0]
+        if signed:
+            lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+            directions = (directions / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+        for lo, hi in row_blocks(factors, m):
+            overlap = directions @ dense_block(factors, m, lo, hi)[:, :, 0].T
+            if not signed:
+                np.square(overlap, out=overlap)
+            out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
+    out /= np.float32(len(layout.dims))
+    return out
 
 
 def _overlaps(factors: Factors, m: int, frame: Floats, *, exact: bool) -> Iterator[tuple[int, int, Floats]]:

@@ -14,8 +14,8 @@ from repmatch import signcodes
 from repmatch.blocks import choose_matrices, second_moment, take
 from repmatch.datamodels import Factors, Layout, Matrix
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
+from repmatch.ranking import best_k, top_k
 from repmatch.similarity import (
-    best_k,
     chance,
     directions_of,
     grassmann,
@@ -27,7 +27,6 @@ from repmatch.similarity import (
     score_against,
     score_instance,
     signed_against,
-    top_k,
 )
 
 ENCODINGS = [("float32", 1), ("float16", 1), ("sign", 1), ("float32", 4), ("float16", 4)]

@@ -138,16 +138,32 @@ def test_an_older_schema_is_migrated_with_a_backup(tmp_path: Path, monkeypatch: 
     store, space = filled(tmp_path / "s")
     step = "CREATE TABLE registry.extra (a INTEGER); INSERT INTO registry.extra VALUES (5)"
     monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, step])
-    with pytest.raises(StoreVersionError, match=r"schema 1; .* needs schema 2"):
+    with pytest.raises(StoreVersionError, match=r"schema 2; .* needs schema 3"):
         stores.open(tmp_path / "s", mode="r").datasets()
     with stores.open(tmp_path / "s", mode="w") as new:
         assert new.sql("SELECT a FROM registry.extra")["a"].to_list() == [5]
-        assert new.info()["schema"] == 2
+        assert new.info()["schema"] == 3
         new.append("d", space.id, "float32", make_batch(make_rows(7), space))
-    backup = tmp_path / "s" / "catalog.duckdb.schema-1.backup"
+    backup = tmp_path / "s" / "catalog.duckdb.schema-2.backup"
     with duckdb.connect(str(backup), read_only=True) as conn:
         assert conn.execute("SELECT count(*) FROM registry.instances").fetchall() == [(6,)]
     assert store.verify() == []
+
+
+def test_a_store_of_schema_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    store, space = filled(tmp_path / "t")
+    with duckdb.connect(str(tmp_path / "t" / "catalog.duckdb")) as conn:  # take step 2 back
+        for view in ("factors", "segments", "subsets"):
+            conn.execute(f"DROP VIEW main.{view}")
+        conn.execute("DROP TABLE registry.dropped")
+    set_schema(tmp_path / "t", 1, 1)
+    with pytest.raises(StoreVersionError, match=r"schema 1; .* needs schema 2.*mode='w'"):
+        store.ids("d")
+    store.append("d", space.id, "float32", make_batch(make_rows(6), space))
+    assert store.factors("d").ids == tuple(f"r{i}" for i in range(7))
+    assert store.sql("SELECT rows, live FROM segments").rows() == [(7, 7)]
+    assert store.verify() == []
+    assert (tmp_path / "t" / "catalog.duckdb.schema-1.backup").exists()
 
 
 def test_a_failing_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +176,7 @@ def test_a_failing_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest
             stores.open(tmp_path / "s", mode="w")
     with stores.open(tmp_path / "s", mode="w") as store:
         assert len(store.ids("d")) == 6
-        assert store.info()["schema"] == 1
+        assert store.info()["schema"] == 2
 
 
 def test_a_read_only_folder(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ class Curator:
         label: str | None = None,
         k: int = 10,
         signed: bool = False,
+        where: str | None = None,
     ) -> neighbours.Neighbours:
         """Find the nearest instances to a stored one by id, or to a new text.
 
@@ -150,6 +151,7 @@ class Curator:
             label: its label; None: each of the dataset's labels is tried and the best counts.
             k: how many.
             signed: by the cosine of the two ΔW in place of the RepMatch score.
+            where: an SQL condition that the found instances meet.
 
         Returns:
             The neighbours, best first.
@@ -159,9 +161,25 @@ class Curator:
         if instance is not None:
             if text_pair is not None or label is not None:
                 raise UsageError("--text-pair and --label go with --text, not with an id.")
-            return neighbours.nearest_to_id(self.store, dataset, instance, k=k, signed=signed)
+            return self.nearest_all(dataset, [instance], k=k, signed=signed, where=where)[0]
         row = Row("", "{}", text or "", text_pair, label or "", "", "", "", 0)
-        return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed)
+        return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed, where=where)
+
+    def nearest_all(
+        self,
+        dataset: str,
+        ids: Sequence[str],
+        *,
+        k: int = 10,
+        signed: bool = False,
+        where: str | None = None,
+        **no: Any,
+    ) -> list[neighbours.Neighbours]:
+        """Find the nearest instances to each of many stored ones in one pass; see `nearest`."""
+        if any(value is not None for value in no.values()):
+            raise UsageError("--text, --text-pair and --label go with no id; give ids or a text, not both.")
+        device = self.settings.device
+        return neighbours.nearest_to_ids(self.store, dataset, ids, k=k, signed=signed, where=where, device=device)
 
     def select(
         self,

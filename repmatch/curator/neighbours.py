@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 from repmatch.curator.settings import Settings
 from repmatch.datamodels import Factors, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
-from repmatch.similarity import chance, top_k
+from repmatch.similarity import chance, mean_scores
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from repmatch.store import Store
+    from repmatch.store import Hits, Search, Store
+    from repmatch.store.search import Scorer
 
 
 @dataclass(frozen=True)
@@ -45,33 +47,56 @@ class Neighbours:
         return pl.DataFrame({"rank": range(1, len(self.ids) + 1), "id": self.ids, "score": self.scores})
 
 
-def nearest_to_id(store: Store, dataset: str, instance: str, *, k: int = 10, signed: bool = False) -> Neighbours:
-    """Find the nearest instances to a stored one, from stored factors alone.
+def nearest_to_ids(
+    store: Store,
+    dataset: str,
+    ids: Sequence[str],
+    *,
+    k: int = 10,
+    signed: bool = False,
+    where: str | None = None,
+    device: str | None = None,
+) -> list[Neighbours]:
+    """Find the nearest instances to stored ones, from stored factors alone, in one pass for all of them.
 
     Args:
         store: the store.
         dataset: the dataset's name.
-        instance: the user's id.
-        k: how many; the instance itself is left out.
+        ids: the user's ids.
+        k: how many each; the instance itself is left out.
         signed: by the cosine of the two ΔW, which sees labels, in place of the RepMatch score.
+        where: an SQL condition that the found instances meet.
+        device: "cuda" or "cuda:N" computes there; anything else on the processor, which needs no torch.
 
     Returns:
-        The neighbours.
+        The neighbours of each, in order.
 
     Raises:
         UnknownNameError: there is no such instance, or it has no factor yet.
+        InputError: the factor of one is zero.
     """
     _check_k(k)
-    query = store.factors(dataset, ids=[instance])
-    if query.norms.max(initial=0.0) == 0.0:
+    search = store.search(dataset, where=where, scorer=_scorer(device))
+    queries = search.factors(ids)
+    still = np.flatnonzero(queries.norms.max(axis=1, initial=0.0) == 0.0)
+    if len(still):
         raise InputError(
-            f"the gradient of {instance!r} is zero in every matrix: a model learns nothing from it; nothing is near."
+            f"the gradient of {ids[int(still[0])]!r} is zero in every matrix: a model learns nothing from it; nothing "
+            "is near."
         )
-    return _search(store, dataset, query, k=k, signed=signed, skip=instance)
+    hits = search.nearest(queries, k, signed=signed, exclude=ids)
+    return [_neighbours(search, hit, signed) for hit in hits]
 
 
 def nearest_to_text(
-    store: Store, dataset: str, row: Row, settings: Settings, *, k: int = 10, signed: bool = False
+    store: Store,
+    dataset: str,
+    row: Row,
+    settings: Settings,
+    *,
+    k: int = 10,
+    signed: bool = False,
+    where: str | None = None,
 ) -> Neighbours:
     """Find the nearest instances to a text that is not in the store.
 
@@ -83,6 +108,7 @@ def nearest_to_text(
         settings: where to find the model, and the device.
         k: how many.
         signed: by the cosine of the two ΔW in place of the RepMatch score.
+        where: an SQL condition that the found instances meet.
 
     Returns:
         The neighbours.
@@ -106,14 +132,23 @@ def nearest_to_text(
         raise UsageError(f"the instances of {dataset!r} have a number as label; give it with --label.")
     labels = (row.label,) if row.label or not known.labels else known.labels
     queries = _factors_of_text(store, dataset, row, labels, settings)
-    found = [_search(store, dataset, query, k=k, signed=signed, skip=None) for query in queries]
+    search = store.search(dataset, where=where, scorer=_scorer(settings.device))
     best: dict[str, float] = {}
-    for neighbours in found:
-        for name, score in zip(neighbours.ids, neighbours.scores.tolist(), strict=True):
+    for hit in search.nearest(queries, k, signed=signed):
+        for name, score in zip(hit.ids, hit.scores.tolist(), strict=True):
             best[name] = max(score, best.get(name, score))
     order = sorted(best, key=lambda name: (-best[name], name))[:k]
     scores = np.asarray([best[name] for name in order], dtype=np.float32)
-    return Neighbours(dataset, tuple(order), scores, signed, found[0].chance)
+    return Neighbours(dataset, tuple(order), scores, signed, 0.0 if signed else chance(search.layout))
+
+
+def _scorer(device: str | None) -> Scorer:
+    if device is None or not device.startswith("cuda"):
+        return mean_scores
+    from repmatch.curator.device_scores import DeviceScores
+    from repmatch.curator.workbench import pick_device
+
+    return DeviceScores(pick_device(device))
 
 
 def _check_k(k: int) -> None:
@@ -121,9 +156,7 @@ def _check_k(k: int) -> None:
         raise UsageError(f"-k {k} is out of range; expected 1 or more.")
 
 
-def _factors_of_text(
-    store: Store, dataset: str, row: Row, labels: tuple[str, ...], settings: Settings
-) -> list[Factors]:
+def _factors_of_text(store: Store, dataset: str, row: Row, labels: tuple[str, ...], settings: Settings) -> Factors:
     from repmatch.curator.ingest import factors_of
     from repmatch.curator.workbench import Workbench
 
@@ -140,37 +173,18 @@ def _factors_of_text(
         raise InputError(f"this text has no factor: {bad[0].reason}.")
     # The query is kept as the dataset's factors are, so that a stored text and the same text typed in score alike.
     form = RowFormat(space.layout, known.encoding)
-    queries = []
-    for i in range(len(rows)):
-        parts = form.decode(form.encode(batch)[i : i + 1])
-        queries.append(
-            Factors(
-                ids=("",),
-                layout=space.layout,
-                encoding=known.encoding,
-                flat=parts.flat,
-                bits=parts.bits,
-                norms=parts.norms,
-                cores=parts.cores,
-                space_id=space.id,
-            )
-        )
-    return queries
-
-
-def _search(store: Store, dataset: str, query: Factors, *, k: int, signed: bool, skip: str | None) -> Neighbours:
-    ids: list[str] = []
-    scores: list[float] = []
-    for factors in store.iter_factors(dataset):
-        at = [factors.ids.index(skip)] if skip is not None and skip in factors.ids else []
-        places, values = top_k(query, factors, k, signed=signed, exclude=at)
-        ids += [factors.ids[i] for i in places]
-        scores += values.tolist()
-    order = sorted(range(len(ids)), key=lambda i: (-scores[i], ids[i]))[:k]
-    return Neighbours(
-        dataset=dataset,
-        ids=tuple(ids[i] for i in order),
-        scores=np.asarray([scores[i] for i in order], dtype=np.float32),
-        signed=signed,
-        chance=0.0 if signed else chance(query.layout),
+    parts = form.decode(form.encode(batch))
+    return Factors(
+        ids=("",) * len(rows),
+        layout=space.layout,
+        encoding=known.encoding,
+        flat=parts.flat,
+        bits=parts.bits,
+        norms=parts.norms,
+        cores=parts.cores,
+        space_id=space.id,
     )
+
+
+def _neighbours(search: Search, hits: Hits, signed: bool) -> Neighbours:
+    return Neighbours(search.dataset, hits.ids, hits.scores, signed, 0.0 if signed else chance(search.layout))

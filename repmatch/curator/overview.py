@@ -69,6 +69,19 @@ def render(found: dict[str, Any], output: Output) -> None:
         output.line(f"{store['bytes_per_instance']:,.0f} bytes an instance, rows and catalog included")
     if store["quarantined"]:
         output.line(f"{store['quarantined']} rows quarantined")
+    if store["encodings"]:
+        output.line("")
+        output.table(
+            ["encoding", "factors", "bytes each", "MB", "MB dead"],
+            [
+                (e["encoding"], e["factors"], e["row_bytes"], f"{e['bytes'] / 1e6:.1f}", f"{e['dead_bytes'] / 1e6:.1f}")
+                for e in store["encodings"]
+            ],
+        )
+    used = [(name, t["rows"], f"{t['bytes'] / 1e6:.1f}") for name, t in store["tables"].items() if t["rows"]]
+    if used:
+        output.line("")
+        output.table(["table", "rows", "MB"], used)
     if store["datasets"]:
         output.line("")
         output.table(

@@ -47,7 +47,8 @@ class Base:
         self._depth = 0
         self._mutex = threading.RLock()
         self._closed = False
-        self._check_folder()
+        if mode is not None or not self._catalog_is_lost():  # a lost catalog can be rebuilt by `repair`
+            self._check_folder()
         if mode == "r" and not self._catalog.exists():
             raise self._missing()
         if mode == "w":
@@ -113,10 +114,8 @@ class Base:
         if not self.path.is_dir():
             raise StoreError(f"{self.path} is a file; a store is a folder. Name another with --store.")
         names = sorted(entry.name for entry in self.path.iterdir())
-        if "segments" in names and "store.lock" in names and any((self.path / "segments").iterdir()):
-            raise StoreCorruptError(
-                f"the store {self.path} has factors but its catalog {NAME} is gone. Restore that file from a backup."
-            )
+        if self._catalog_is_lost():
+            raise self._missing()
         strange = [name for name in names if name not in (*_OURS, "segments", "adapters")]
         if strange:
             raise StoreError(
@@ -124,7 +123,16 @@ class Base:
                 "touched. Name another folder with --store."
             )
 
-    def _missing(self) -> StoreNotFoundError:
+    def _catalog_is_lost(self) -> bool:
+        parts = self.path / "segments", self.path / "store.lock"
+        return not self._catalog.exists() and all(part.exists() for part in parts) and any(parts[0].iterdir())
+
+    def _missing(self) -> StoreError:
+        if self._catalog_is_lost():
+            return StoreCorruptError(
+                f"the store {self.path} has factors but its catalog {NAME} is gone. Restore that file from a backup, "
+                "or rebuild what the segments hold with: repmatch repair"
+            )
         return StoreNotFoundError(
             f"there is no store at {self.path}. Make one with: repmatch ingest FILE --dataset NAME, or name another "
             "with --store (or REPMATCH_STORE)."

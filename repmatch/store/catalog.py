@@ -194,8 +194,17 @@ class Catalog:
             finally:
                 conn.execute("DETACH catalog")
 
-    def create(self) -> None:
-        """Make the catalog under a temporary name and rename it, so that it is there in full or not at all."""
+    def checkpoint(self) -> None:
+        """Move what the write-ahead log holds into the catalog's file, and give its free blocks back."""
+        with self._opened(read_only=False) as conn:
+            conn.execute("CHECKPOINT")
+
+    def create(self, store_uuid: str | None = None) -> None:
+        """Make the catalog under a temporary name and rename it, so that it is there in full or not at all.
+
+        Args:
+            store_uuid: the store's UUID where it has one.
+        """
         import duckdb
 
         from repmatch import __version__
@@ -210,7 +219,7 @@ class Catalog:
                 migrations.apply_step(conn, step)
             conn.execute(
                 "INSERT INTO registry.meta VALUES ('uuid', ?), ('created_by', ?), ('created', now()::VARCHAR)",
-                [uuid.uuid4().hex, __version__],
+                [store_uuid or uuid.uuid4().hex, __version__],
             )
             conn.close()
         except duckdb.Error as error:

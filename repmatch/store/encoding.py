@@ -96,7 +96,9 @@ class RowFormat:
         out = np.zeros((n, self.row_bytes), np.uint8)
         values = np.ascontiguousarray(batch.values, np.float32)
         if self.encoding == "sign":
-            self._pack_signs(values, out)
+            from repmatch import signcodes
+
+            self._finite(batch, "values", signcodes.pack(values, self.layout.dims, out.view("<u8")))
         elif self.encoding == "float16":
             out[:, : self.value_bytes] = values.astype("<f2").view(np.uint8)
         else:
@@ -107,13 +109,6 @@ class RowFormat:
             cores = np.ascontiguousarray(batch.cores, "<f4").reshape(n, m * r * r)
             out[:, self.cores_at : self.cores_at + cores.shape[1] * 4] = cores.view(np.uint8)
         return out
-
-    def _pack_signs(self, values: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-        at = 0
-        for lo, hi, words in zip(self.layout.offsets, self.layout.offsets[1:], self.layout.words, strict=False):
-            packed = np.packbits(values[:, lo:hi] < 0, axis=1, bitorder="little")
-            out[:, at : at + packed.shape[1]] = packed
-            at += 8 * words
 
     def _check(self, batch: FactorBatch) -> None:
         n, m, r = len(batch.rows), len(self.layout.matrices), self.layout.rank
@@ -131,13 +126,15 @@ class RowFormat:
         for name, (got, expected) in shapes.items():
             if got != expected:
                 raise UsageError(f"the factors' {name} have shape {got}; this space needs {expected}.")
-        for name in ("values", "norms"):
-            good = np.isfinite(getattr(batch, name)).all(axis=1)
-            if not good.all():
-                bad = batch.rows[int(np.argmin(good))].id
-                raise UsageError(
-                    f"the factor of instance {bad!r} holds NaN or infinity in its {name}; it is not stored."
-                )
+        self._finite(batch, "norms", np.asarray(np.isfinite(batch.norms).all(axis=1)))
+        if self.encoding != "sign":  # sign codes: found while they are packed
+            self._finite(batch, "values", np.asarray(np.isfinite(batch.values).all(axis=1)))
+
+    @staticmethod
+    def _finite(batch: FactorBatch, name: str, good: NDArray[np.bool_]) -> None:
+        if not good.all():
+            bad = batch.rows[int(np.argmin(good))].id
+            raise UsageError(f"the factor of instance {bad!r} holds NaN or infinity in its {name}; it is not stored.")
 
     def decode(self, rows: NDArray[np.uint8]) -> Decoded:
         """Split segment rows into their parts without copying.

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Space
-from repmatch.errors import RepMatchError, StoreError, UnknownNameError
+from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Row, Space
+from repmatch.errors import RepMatchError, StoreCorruptError, StoreError, UnknownNameError
 from repmatch.store.catalog import first
 from repmatch.store.encoding import RowFormat
 from repmatch.store.instances import Instances
 from repmatch.store.journal import BatchEntry, Journal
+from repmatch.store.mapping import MappedSegment
 from repmatch.store.records import check_unique, dataset_value, enter_batch, next_key, rows_table
 from repmatch.store.recovery import COMMITTED, Committed, journal_of, put_segment, settle
 from repmatch.store.segment import SegmentFile, SegmentHeader
 
 logger = logging.getLogger(__name__)
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Located:
         keys: (n,) keys of the instances.
         segments: (n,) numbers of the segments.
         rows: (n,) rows in them.
+        maps: number of a segment -> its rows; held from the time of the look-up, so that a later compaction does not
+            pull them away.
     """
 
     space: Space
@@ -41,19 +46,67 @@ class Located:
     keys: NDArray[np.int64]
     segments: NDArray[np.int64]
     rows: NDArray[np.int64]
+    maps: Mapping[int, MappedSegment]
 
-    def part(self, lo: int, hi: int) -> Located:
-        """Return a range of them.
+    def part(self, index: slice | NDArray[np.integer[Any]] | NDArray[np.bool_]) -> Located:
+        """Return some of them.
 
         Args:
-            lo: first.
-            hi: one after the last.
+            index: a slice, positions or a mask.
 
         Returns:
-            The range.
+            Those, in that order.
         """
-        cut = slice(lo, hi)
-        return Located(self.space, self.encoding, self.keys[cut], self.segments[cut], self.rows[cut])
+        return replace(self, keys=self.keys[index], segments=self.segments[index], rows=self.rows[index])
+
+    def load(self, ids: tuple[str, ...] | None = None) -> Factors:
+        """Read their factors; a view of the file where they lie in one piece.
+
+        Args:
+            ids: the ids of the instances; None: empty texts in their place.
+
+        Returns:
+            The factors.
+        """
+        form, n = RowFormat(self.space.layout, self.encoding), len(self.keys)
+        segments, rows = self.segments, self.rows
+        if n and _in_one_piece(segments, rows):
+            raw = self.maps[int(segments[0])].rows[rows[0] : rows[0] + n]
+        else:
+            raw = np.zeros((n, form.row_bytes), np.uint8)
+            for number in np.unique(segments):
+                here = np.flatnonzero(segments == number)
+                raw[here] = self.maps[int(number)].rows[rows[here]]
+        parts = form.decode(raw)
+        return Factors(
+            ids=("",) * n if ids is None else ids,
+            layout=self.space.layout,
+            encoding=self.encoding,
+            flat=parts.flat,
+            bits=parts.bits,
+            norms=parts.norms,
+            cores=parts.cores,
+            space_id=self.space.id,
+        )
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Rows with their factors as a segment keeps them.
+
+    Attributes:
+        rows: the rows, n of them.
+        values: (n, row_bytes) uint8, C order.
+        losses: loss of each.
+        tokens: tokens of each.
+        truncated: whether each was cut.
+    """
+
+    rows: tuple[Row, ...]
+    values: NDArray[np.uint8]
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    truncated: tuple[bool, ...]
 
 
 class FactorTables(Instances):
@@ -77,33 +130,49 @@ class FactorTables(Instances):
         if not batch.rows:
             return
         check_unique(batch.rows)
-        rows_table(batch.rows)  # raises for what cannot be stored before anything is written
-        with self.writing():
-            number = 0
-            try:
-                with self._transaction() as conn:
-                    number = self._write_batch(conn, self.space(space_id), self.dataset(dataset_name), encoding, batch)
-            except BaseException as error:
-                if not self._settled(number) or not isinstance(error, StoreError):
-                    raise
-                logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
+        with self.writing(), ThreadPoolExecutor(1) as pool:
+            space = self.space(space_id)
+            values = pool.submit(RowFormat(space.layout, encoding).encode, batch)
+            table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
+            raw = RawBatch(
+                rows=batch.rows,
+                values=values.result(),
+                losses=tuple(np.asarray(batch.losses, np.float64).tolist()),
+                tokens=tuple(batch.tokens.tolist()),
+                truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
+            )
+            self._append_raw(self.dataset(dataset_name), space, encoding, raw, table)
 
-    def _write_batch(self, conn: Any, space: Space, dataset: Dataset, encoding: Encoding, batch: FactorBatch) -> int:
-        payload = RowFormat(space.layout, encoding).encode(batch)
-        file, record = self._segment_for(conn, space, encoding, payload.shape[1])
+    def _append_raw(self, dataset: Dataset, space: Space, encoding: Encoding, raw: RawBatch, table: Any = None) -> None:
+        """Append encoded rows by the write protocol; nothing or all of it is there afterwards."""
+        number = 0
+        try:
+            with self._transaction() as conn:
+                number = self._write_batch(conn, (dataset, space, encoding), raw, table)
+        except BaseException as error:
+            if not self._settled(number) or not isinstance(error, StoreError):
+                raise
+            logger.warning("batch %d was committed although DuckDB reported: %s", number, error)
+
+    def _write_batch(self, conn: Any, kind: tuple[Dataset, Space, Encoding], raw: RawBatch, table: Any) -> int:
+        dataset, space, encoding = kind
+        file, record = self._segment_for(conn, space, encoding, raw.values.shape[1])
         entry = BatchEntry(
             number=next_key(conn, "batches"),
             first=record.rows,
-            crc32=zlib.crc32(payload.data),
+            crc32=zlib.crc32(raw.values.data),
             dataset=dataset_value(dataset),
-            rows=batch.rows,
-            losses=tuple(float(x) for x in batch.losses),
-            tokens=tuple(int(x) for x in batch.tokens),
-            truncated=tuple(bool(x) for x in batch.truncated),
+            rows=raw.rows,
+            losses=raw.losses,
+            tokens=raw.tokens,
+            truncated=raw.truncated,
         )
-        file.write(record.rows, payload)
-        end = journal_of(file).write(record.journal_bytes, entry.to_frame())
-        enter_batch(conn, entry, file.number, end)
+        with ThreadPoolExecutor(1) as pool:  # the rows are on the disk before the journal speaks of them
+            written = pool.submit(file.write, record.rows, raw.values)
+            frame = entry.to_frame()
+            written.result()
+        end = journal_of(file).write(record.journal_bytes, frame)
+        enter_batch(conn, entry, file.number, end, table)
         return entry.number
 
     def _settled(self, number: int) -> bool:
@@ -162,8 +231,7 @@ class FactorTables(Instances):
             UnknownNameError: an id is not in the dataset, or has no factor in the space.
         """
         located = self._locate(dataset, space_id, ids)
-        names = tuple(ids) if ids is not None else self._ids_of(located.keys)
-        return self._load(located, names)
+        return located.load(tuple(ids) if ids is not None else self._ids_of(located.keys))
 
     def iter_factors(self, dataset: str, size: int = 8192, *, space_id: str | None = None) -> Iterator[Factors]:
         """Stream the factors of a dataset in its order.
@@ -177,13 +245,35 @@ class FactorTables(Instances):
             An iterator over parts of at most `size`.
         """
         located = self._locate(dataset, space_id, None)
-        parts = (located.part(lo, lo + size) for lo in range(0, len(located.keys), size))
-        return (self._load(part, self._ids_of(part.keys)) for part in parts)
+        parts = (located.part(slice(lo, lo + size)) for lo in range(0, len(located.keys), size))
+        return (part.load(self._ids_of(part.keys)) for part in parts)
 
     def _ids_of(self, keys: NDArray[np.int64]) -> tuple[str, ...]:
         return tuple(row[0] for rows in self._chunks(keys, "i.id", 65536) for row in rows)
 
     def _locate(self, dataset: str, space_id: str | None, ids: Sequence[str] | None) -> Located:
+        """Look up where factors lie and map their segments; again where a compaction moves them meanwhile."""
+        for attempt in range(_ATTEMPTS):
+            found = self._look_up(dataset, space_id, ids)
+            numbers, last = np.unique(found.segments), found.rows
+            try:
+                form = RowFormat(found.space.layout, found.encoding)
+                maps = {
+                    int(number): MappedSegment(
+                        SegmentFile(self.path / "segments", int(number), form.row_bytes),
+                        int(last[found.segments == number].max()) + 1,
+                    )
+                    for number in numbers
+                }
+                return replace(found, maps=maps)
+            except (StoreCorruptError, FileNotFoundError):
+                with self._reading() as conn:
+                    known = {row[0] for row in conn.execute("SELECT pk FROM registry.segments").fetchall()}
+                if attempt + 1 == _ATTEMPTS or known.issuperset(numbers.tolist()):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _look_up(self, dataset: str, space_id: str | None, ids: Sequence[str] | None) -> Located:
         wanted = None if ids is None else self._keys(dataset, ids)
         with self._reading() as conn:
             pk, record = self._dataset(conn, dataset)
@@ -193,14 +283,21 @@ class FactorTables(Instances):
                     f"dataset {dataset!r} has no factors yet. Make them with: repmatch ingest FILE --dataset {dataset}"
                 )
             space = self.space(chosen)
-            columns = conn.execute(
-                "SELECT f.instance_pk, f.segment_pk, f.row FROM registry.factors f JOIN registry.instances i "
-                "ON i.pk = f.instance_pk WHERE i.dataset_pk = ? AND f.segment_pk IN (SELECT s.pk FROM "
-                "registry.segments s JOIN registry.spaces p ON p.pk = s.space_pk WHERE p.id = ? AND s.encoding = ?) "
-                "ORDER BY f.instance_pk",
-                [pk, chosen, record.encoding],
-            ).fetchnumpy()
+            query = (
+                "SELECT f.instance_pk, f.segment_pk, f.row FROM registry.factors f WHERE f.segment_pk IN (SELECT s.pk "
+                "FROM registry.segments s JOIN registry.spaces p ON p.pk = s.space_pk WHERE p.id = ? AND s.encoding = ?"
+                ") AND f.instance_pk IN "
+            )
+            if wanted is None:
+                query += "(SELECT pk FROM registry.instances WHERE dataset_pk = ?)"
+                columns = conn.execute(query, [chosen, record.encoding, pk]).fetchnumpy()
+            else:
+                query += "(SELECT unnest(?::BIGINT[]))"
+                columns = conn.execute(query, [chosen, record.encoding, np.unique(wanted).tolist()]).fetchnumpy()
         keys, segments, rows = (np.asarray(columns[name], np.int64) for name in ("instance_pk", "segment_pk", "row"))
+        if len(keys) and not bool((np.diff(keys) > 0).all()):
+            order = np.argsort(keys)
+            keys, segments, rows = keys[order], segments[order], rows[order]
         if wanted is not None:
             at = np.searchsorted(keys, wanted)
             there = at < len(keys)
@@ -211,31 +308,10 @@ class FactorTables(Instances):
                     f"Make it with: repmatch ingest FILE --dataset {dataset}"
                 )
             keys, segments, rows = wanted, segments[at], rows[at]
-        return Located(space, record.encoding, keys, segments, rows)
-
-    def _load(self, located: Located, ids: tuple[str, ...]) -> Factors:
-        form = RowFormat(located.space.layout, located.encoding)
-        folder, n = self.path / "segments", len(located.keys)
-        segments, rows = located.segments, located.rows
-        if n and segments[0] == segments[-1] and bool((segments == segments[0]).all()) and _consecutive(rows):
-            raw = SegmentFile(folder, int(segments[0]), form.row_bytes).rows(int(rows[0]), n)
-        else:
-            raw = np.zeros((n, form.row_bytes), np.uint8)
-            for number in np.unique(segments):
-                here = np.flatnonzero(segments == number)
-                raw[here] = SegmentFile(folder, int(number), form.row_bytes).gather(rows[here])
-        parts = form.decode(raw)
-        return Factors(
-            ids=ids,
-            layout=located.space.layout,
-            encoding=located.encoding,
-            flat=parts.flat,
-            bits=parts.bits,
-            norms=parts.norms,
-            cores=parts.cores,
-            space_id=located.space.id,
-        )
+        return Located(space, record.encoding, keys, segments, rows, {})
 
 
-def _consecutive(rows: NDArray[np.int64]) -> bool:
-    return bool((np.diff(rows) == 1).all())
+def _in_one_piece(segments: NDArray[np.int64], rows: NDArray[np.int64]) -> bool:
+    if segments[0] != segments[-1] or rows[-1] - rows[0] != len(rows) - 1:
+        return False  # the common case of both orders, told without a look at every row
+    return bool((segments == segments[0]).all()) and bool((rows[1:] - rows[:-1] == 1).all())

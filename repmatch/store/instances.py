@@ -104,7 +104,8 @@ class Instances(Datasets):
         """Run a query of the user's over the documented views, read-only and without access to files.
 
         Args:
-            query: one SELECT over instances, datasets, spaces, scores, coresets, picks, runs, adapters, quarantine.
+            query: one SELECT over instances, datasets, spaces, scores, coresets, picks, subsets, factors, segments,
+                runs, adapters, quarantine; docs/store.md describes them.
 
         Returns:
             The result.
@@ -112,9 +113,24 @@ class Instances(Datasets):
         Raises:
             UsageError: it is not one SELECT, or DuckDB refuses it.
         """
-        import duckdb
+        import polars as pl
 
-        from repmatch.store.base import frame
+        out = pl.from_arrow(self.arrow(query))
+        return out if isinstance(out, pl.DataFrame) else out.to_frame()
+
+    def arrow(self, query: str) -> Any:
+        """Run a query as `sql` does.
+
+        Args:
+            query: one SELECT over the documented views.
+
+        Returns:
+            The result as a `pyarrow.Table`.
+
+        Raises:
+            UsageError: it is not one SELECT, or DuckDB refuses it.
+        """
+        import duckdb
 
         self._ready()
         with self._catalog.guarded() as conn:
@@ -122,7 +138,7 @@ class Instances(Datasets):
                 statements = conn.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise UsageError("the store takes one SELECT at a time, and nothing that writes.")
-                return frame(conn, query)
+                return conn.sql(query).to_arrow_table()
             except duckdb.Error as error:
                 raise UsageError(f"the query cannot be run: {error}") from error
 

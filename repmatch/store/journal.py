@@ -11,7 +11,8 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from repmatch.store.files import sync_folder, write_at, writing_to
 
 MAGIC = b"RPMJ"
 FRAME_HEAD = 12
+_ROW = attrgetter(*(field.name for field in fields(Row)))
 
 
 def pack_frame(value: Mapping[str, Any]) -> bytes:
@@ -61,8 +63,8 @@ class BatchEntry:
 
     def to_frame(self) -> bytes:
         """Return the entry as a frame."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return pack_frame({**fields, "rows": [list(asdict(row).values()) for row in self.rows]})
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return pack_frame({**values, "rows": [_ROW(row) for row in self.rows]})
 
     @classmethod
     def from_value(cls, value: Mapping[str, Any]) -> BatchEntry:
@@ -74,11 +76,11 @@ class BatchEntry:
         Returns:
             The entry.
         """
-        fields = dict(value)
-        fields["rows"] = tuple(Row(*row) for row in fields["rows"])
+        values = dict(value)
+        values["rows"] = tuple(Row(*row) for row in values["rows"])
         for name in ("losses", "tokens", "truncated"):
-            fields[name] = tuple(fields[name])
-        return cls(**fields)
+            values[name] = tuple(values[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

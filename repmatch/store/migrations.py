@@ -76,7 +76,23 @@ CREATE VIEW main.runs AS SELECT pk AS run, command, arguments::JSON AS arguments
 CREATE VIEW main.quarantine AS SELECT dataset, source, line, id, reason, created FROM registry.quarantine;
 """
 
-MIGRATIONS: list[str] = [V1]
+V2 = """
+CREATE TABLE registry.dropped (segment_pk INTEGER NOT NULL, last_batch BIGINT NOT NULL, dropped TIMESTAMP);
+CREATE VIEW main.factors AS SELECT d.name AS dataset, i.id, p.id AS space_id, s.encoding, f.segment_pk AS segment,
+  f.row, f.loss, f.tokens, f.truncated
+  FROM registry.factors f JOIN registry.instances i ON i.pk = f.instance_pk
+  JOIN registry.datasets d ON d.pk = i.dataset_pk JOIN registry.segments s ON s.pk = f.segment_pk
+  JOIN registry.spaces p ON p.pk = s.space_pk;
+CREATE VIEW main.segments AS SELECT s.pk AS segment, p.id AS space_id, s.encoding, s.row_bytes, s.sealed, s.sha256,
+  (SELECT coalesce(max(b.first + b.count), 0) FROM registry.batches b WHERE b.segment_pk = s.pk) AS rows,
+  (SELECT count(*) FROM registry.factors f WHERE f.segment_pk = s.pk) AS live, s.created
+  FROM registry.segments s JOIN registry.spaces p ON p.pk = s.space_pk;
+CREATE VIEW main.subsets AS SELECT s.name, d.name AS dataset, m.position, i.id
+  FROM registry.subsets s JOIN registry.datasets d ON d.pk = s.dataset_pk
+  JOIN registry.members m ON m.subset_pk = s.pk JOIN registry.instances i ON i.pk = m.instance_pk;
+"""
+
+MIGRATIONS: list[str] = [V1, V2]
 """Step i takes a catalog from schema i to schema i + 1."""
 
 MIN_READER = 1

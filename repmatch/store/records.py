@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
+
+import numpy as np
 
 from repmatch.datamodels import Dataset, Fields, Row, Space, canonical_json
 from repmatch.errors import InputError, UsageError
@@ -13,6 +16,8 @@ from repmatch.store.catalog import first
 from repmatch.store.journal import BatchEntry
 
 ROW_COLUMNS = "id, json, text, text_pair, label, row_hash, task_hash, source, line"
+_TEXT_NAMES = ("id", "json", "text", "text_pair", "label", "row_hash", "task_hash", "source")
+_TEXTS = attrgetter(*_TEXT_NAMES)
 
 
 def dataset_value(dataset: Dataset) -> dict[str, Any]:
@@ -104,9 +109,13 @@ def next_key(conn: Any, table: str) -> int:
         table: its name in `registry`.
 
     Returns:
-        One more than the largest key, from 1.
+        One more than the largest key, from 1; keys of segments and batches that were dropped are not used again.
     """
-    return int(first(conn.execute(f"SELECT coalesce(max(pk), 0) + 1 FROM registry.{table}"))[0])
+    spent = {"segments": "segment_pk", "batches": "last_batch"}.get(table)
+    query = f"SELECT coalesce(max(pk), 0) AS pk FROM registry.{table}"
+    if spent:
+        query += f" UNION ALL SELECT coalesce(max({spent}), 0) FROM registry.dropped"
+    return int(first(conn.execute(f"SELECT max(pk) + 1 FROM ({query})"))[0])
 
 
 def rows_table(rows: Sequence[Row]) -> Any:
@@ -124,10 +133,11 @@ def rows_table(rows: Sequence[Row]) -> Any:
     import pyarrow as pa
 
     text = pa.large_string()
-    columns: dict[str, Any] = {"pos": pa.array(range(len(rows)), pa.int64())}
-    for name in ("id", "json", "text", "text_pair", "label", "row_hash", "task_hash", "source"):
+    columns: dict[str, Any] = {"pos": pa.array(np.arange(len(rows)))}
+    values = zip(*map(_TEXTS, rows), strict=True) if rows else ((),) * len(_TEXT_NAMES)
+    for name, column in zip(_TEXT_NAMES, values, strict=True):
         try:
-            columns[name] = pa.array([getattr(row, name) for row in rows], text)
+            columns[name] = pa.array(column, text)
         except UnicodeEncodeError as error:
             bad = next(row for row in rows if not encodable(getattr(row, name)))
             raise InputError(
@@ -170,7 +180,7 @@ def check_unique(rows: Sequence[Row]) -> None:
         seen.add(row.id)
 
 
-def enter_batch(conn: Any, entry: BatchEntry, segment_pk: int, journal_end: int) -> None:
+def enter_batch(conn: Any, entry: BatchEntry, segment_pk: int, journal_end: int, table: Any = None) -> None:
     """Enter a batch whose factors lie in a segment: instances, batch record, locations of the factors.
 
     Args:
@@ -178,11 +188,12 @@ def enter_batch(conn: Any, entry: BatchEntry, segment_pk: int, journal_end: int)
         entry: the batch.
         segment_pk: key of the segment.
         journal_end: end of its frame in the segment's journal.
+        table: `rows_table(entry.rows)` where it was made already.
     """
     import pyarrow as pa
 
     dataset_pk = first(conn.execute("SELECT pk FROM registry.datasets WHERE name = ?", [entry.dataset["name"]]))[0]
-    table = rows_table(entry.rows)
+    table = rows_table(entry.rows) if table is None else table
     table = table.append_column("loss", pa.array(entry.losses, pa.float32()))
     table = table.append_column("tokens", pa.array(entry.tokens, pa.int32()))
     table = table.append_column("truncated", pa.array(entry.truncated, pa.bool_()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 from repmatch.datamodels import Space
 from repmatch.errors import StoreCorruptError
 from repmatch.store.adapter_file import parse_adapter, put_adapter
-from repmatch.store.catalog import Catalog, first, read_meta
+from repmatch.store.catalog import Catalog, read_meta
+from repmatch.store.files import sync_folder
 from repmatch.store.journal import BatchEntry, Journal
-from repmatch.store.records import dataset_of, enter_batch, put_dataset, put_space
+from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space
 from repmatch.store.scratch import remove_stale
 from repmatch.store.segment import HEADER_BYTES, SegmentFile
 
 logger = logging.getLogger(__name__)
+_FILES = (".bin", ".journal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def recover(catalog: Catalog, folder: Path) -> None:
         known = committed_segments(conn)
         uuid = read_meta(conn)["uuid"]
         adapters = {row[0] for row in conn.execute("SELECT id FROM registry.adapters").fetchall()}
+        dropped = [row[0] for row in conn.execute("SELECT segment_pk FROM registry.dropped").fetchall()]
         running = conn.execute(
             "SELECT pk, pid FROM registry.runs WHERE status = 'running' AND host = ?", [socket.gethostname()]
         ).fetchall()
@@ -103,6 +107,7 @@ def recover(catalog: Catalog, folder: Path) -> None:
         file.check_size(record.rows)
         if not record.sealed:
             found += _ahead(file, record)
+    remove_segments(segments, dropped)
     strange = _unknown(segments, {record.pk for record in known}, uuid)
     for file, head_end in strange:
         found += _ahead(file, Committed(file.number, file.row_bytes, False, 0, head_end))
@@ -143,16 +148,16 @@ def _unknown(segments: Path, known: set[int], uuid: str) -> list[tuple[SegmentFi
         except StoreCorruptError:
             continue
         file = SegmentFile(segments, header.number, header.row_bytes)
-        first = next(journal_of(file).frames(), None)
-        if header.store == uuid and header.number == int(path.stem) and first is not None:
-            out.append((file, first[0]))
+        head = next(journal_of(file).frames(), None)
+        if header.store == uuid and header.number == int(path.stem) and head is not None:
+            out.append((file, head[0]))
     return out
 
 
 def _adopt(catalog: Catalog, segments: Path, found: list[_Found], heads: dict[int, int]) -> None:
     found = sorted(found, key=lambda item: item.entry.number)
     with catalog.transaction() as conn:
-        last = first(conn.execute("SELECT coalesce(max(pk), 0) FROM registry.batches"))[0]
+        last = next_key(conn, "batches") - 1
         for item in found:
             if item.segment_pk in heads:
                 _enter_segment(conn, segments, item.segment_pk, heads.pop(item.segment_pk))
@@ -175,6 +180,20 @@ def _adopt(catalog: Catalog, segments: Path, found: list[_Found], heads: dict[in
             len(found),
             rows,
         )
+
+
+def remove_segments(segments: Path, numbers: Sequence[int]) -> None:
+    """Remove the files of segments that the catalog has dropped.
+
+    Args:
+        segments: the store's `segments` folder.
+        numbers: which.
+    """
+    there = [path for number in numbers for path in segments.glob(f"{number:06d}.*") if path.suffix in _FILES]
+    for path in there:
+        path.unlink(missing_ok=True)
+    if there:
+        sync_folder(segments)
 
 
 def _enter_segment(conn: Any, segments: Path, number: int, head_end: int) -> None:

@@ -63,6 +63,7 @@ class SegmentHeader:
             len(block) < HEADER_BYTES
             or block[:8] != MAGIC
             or zlib.crc32(body) != int.from_bytes(block[12:16], "little")
+            or block[16 + size :].strip(b"\0")
         ):
             raise StoreCorruptError(
                 f"{path} does not start with the header of a segment. Restore the file from a backup."

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from repmatch.errors import UsageError
+from repmatch.store.arrow import ArrowTables
 from repmatch.store.base import Mode
-from repmatch.store.health import Health
-from repmatch.store.members import MemberTables
+from repmatch.store.search import Searches
 from repmatch.store.staging import Stage
+from repmatch.store.union import Union
 
 DEFAULT_PATH = "repmatch-store"
 
 
-class Store(Health, MemberTables):
+class Store(Union, Searches, ArrowTables):
     """A store of datasets, factors, adapters, scores and coresets; a context manager."""
 
     def stage(self, dataset: str) -> Stage:
