@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from repmatch import __version__
+from repmatch.commands.adapter import adapter
 from repmatch.commands.compare import compare
 from repmatch.commands.demo import demo
 from repmatch.commands.export import export
@@ -55,7 +56,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, info, demo):
+for command in (ingest, score, compare, nearest, select, export, adapter, info, demo):
     cli.add_command(command)
 
 

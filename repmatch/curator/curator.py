@@ -17,6 +17,8 @@ from repmatch.datamodels import Adapter, Encoding, Row
 from repmatch.errors import UsageError
 
 if TYPE_CHECKING:
+    from repmatch.curator.adapter_comparison import AdapterComparison
+    from repmatch.curator.adapter_files import ExportedAdapter
     from repmatch.curator.training import Recipe
     from repmatch.store import Store
 
@@ -121,11 +123,23 @@ class Curator:
         """Return the adapter of a subset, trained if it is not in the store yet."""
         return self.trainer.adapter(subset)
 
+    def export_adapter(self, subset: str, folder: str | Path, *, replace: bool = False) -> ExportedAdapter:
+        """Write a subset's adapter as a peft checkpoint; see `repmatch.curator.adapter_files.export_adapter`."""
+        from repmatch.curator.adapter_files import export_adapter
+
+        return export_adapter(self.trainer, subset, Path(folder), replace=replace)
+
+    def import_adapter(self, path: str | Path, name: str, *, dataset: str | None = None) -> Adapter:
+        """Keep a LoRA checkpoint in the store; see `repmatch.curator.adapter_files.import_adapter`."""
+        from repmatch.curator.adapter_files import import_adapter
+
+        return import_adapter(self.store, path, name, dataset=dataset)
+
     def score(self, dataset: str, *, against: str | None = None, where: str | None = None) -> scoring.Scores:
         """Score a dataset's instances against a subset adapter; see `repmatch.curator.scoring.score`."""
         return scoring.score(self.trainer, dataset, against=against, where=where)
 
-    def compare(self, *names: str) -> scoring.Comparison:
+    def compare(self, *names: str) -> scoring.Comparison | AdapterComparison:
         """Compare subsets by their adapters; see `repmatch.curator.scoring.compare`."""
         return scoring.compare(self.trainer, names)
 
