@@ -17,6 +17,7 @@ from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.nearest import nearest
+from repmatch.commands.report import report
 from repmatch.commands.score import score
 from repmatch.commands.select import select
 from repmatch.context import DEFAULT_STORE, Context, examples
@@ -56,7 +57,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, adapter, info, demo):
+for command in (ingest, score, compare, nearest, select, export, report, adapter, info, demo):
     cli.add_command(command)
 
 

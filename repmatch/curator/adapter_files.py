@@ -185,10 +185,11 @@ def _card(adapter: Adapter, space: Space, labels: Sequence[str]) -> str:
     shown = json.dumps(list(labels), ensure_ascii=False)
     template = (
         "---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, repmatch]\n---\n\n# LoRA adapter of {subset}\n\n"
-        "Trained by repmatch on {instances} instances in {steps} steps, "
-        "base model and head frozen. The head is the random one of the seed {seed}; it is in this checkpoint, as is the "
-        "pooler where the model has one. Tokens kept: {length}. Labels, in the order of the logits: {labels}.\n\n```python\n"
-        "from peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        "Trained by repmatch on {instances} instances in {steps} steps, base model and head frozen. The head is the "
+        "random one of the seed {seed}; it is in this checkpoint, as is the pooler where the model has one. "
+        "Tokens kept: {length}. Labels, in the order of the logits: {labels}.\n\n```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
         'base = "{base}"  # the checkpoint, or a folder with it\nlabels = {labels}\n'
         "model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))\n"
         'model = PeftModel.from_pretrained(model, ".").eval()  # this folder\n'

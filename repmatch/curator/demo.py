@@ -68,7 +68,9 @@ def run(folder: Path, output: Output, *, device: str = "auto") -> None:
     output.line("  repmatch ingest YOURS.jsonl --dataset yours")
     output.line("  repmatch select yours -k 5% --stratify label --name core")
     output.line("  repmatch export core -o core.jsonl")
-    output.line(f"or look around in what the demo made: repmatch --store {folder / 'store'} info")
+    output.line("or look around in what the demo made, in a browser (needs the extra 'report') or here:")
+    output.line(f"  repmatch --store {folder / 'store'} report -o {folder / 'report.html'}")
+    output.line(f"  repmatch --store {folder / 'store'} info")
 
 
 def _step(output: Output, number: int, title: str, command: str) -> None:
@@ -130,7 +132,7 @@ def _compare(curator: Curator, areas: Sequence[str], output: Output) -> None:
 
 
 def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
-    from repmatch.curator.evaluation import retrain
+    from repmatch.curator.evaluation import keep_retraining, retrain
     from repmatch.curator.workbench import Workbench
 
     _step(
@@ -157,9 +159,11 @@ def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
             test,
             seeds=_SEEDS,
             steps=_STEPS,
+            every=_STEPS // 3,
             progress=partial(output.progress, f"retraining on {name}"),
         )
         output.close()
+        keep_retraining(curator.store, DATASET, name, result, instances=PICKS, test_rows=len(test), seeds=list(_SEEDS))
         rows.append((name, result.mean, *result.accuracies))
     output.table(["picked by", "accuracy", *(f"seed {seed}" for seed in _SEEDS)], rows)
     output.line(

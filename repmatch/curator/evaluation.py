@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from repmatch.curator.training import Recipe, adapted, batches, train_step
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row
 
+if TYPE_CHECKING:
+    from repmatch.store import Store
+
 
 @dataclass(frozen=True)
 class Retraining:
@@ -24,10 +29,12 @@ class Retraining:
     Attributes:
         accuracies: one per seed, share of the test rows classified right.
         steps: optimiser steps of each training.
+        curve: (steps done, mean accuracy over the seeds) where it was tested on the way, the end included.
     """
 
     accuracies: tuple[float, ...]
     steps: int
+    curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def mean(self) -> float:
@@ -44,6 +51,7 @@ def retrain(
     seeds: Sequence[int] = (0,),
     steps: int = 60,
     rank: int = 8,
+    every: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Retraining:
     """Train head and fresh adapters on a selection and test them, once a seed.
@@ -58,6 +66,7 @@ def retrain(
         seeds: of the start and of the order.
         steps: optimiser steps of 16 instances.
         rank: LoRA rank of the retraining.
+        every: test after every so many steps too, for a curve; None: at the end only.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -66,6 +75,7 @@ def retrain(
     task = bench.task(labels)
     train_examples, test_examples = task.encode(train_rows), task.encode(test_rows)
     accuracies = []
+    on_the_way: dict[int, list[float]] = defaultdict(list)
     for number, seed in enumerate(seeds):
         module = bench.module(len(labels))
         space = replace(bench.space, seed=seed)
@@ -82,12 +92,33 @@ def retrain(
                     train_step(wrapped, optimizer, task.collate([train_examples[i] for i in at]))
                     if progress is not None:
                         progress(number * steps + step + 1, len(seeds) * steps)
+                    if every is not None and (step + 1) % every == 0 and step + 1 < steps:
+                        found = accuracy(wrapped, task, test_examples, bench.batch_tokens)
+                        on_the_way[step + 1].append(found)
                 accuracies.append(accuracy(wrapped, task, test_examples, bench.batch_tokens))
         finally:
             with torch.no_grad():
                 for parameter, value in zip(head, kept, strict=True):
                     parameter.copy_(value)
-    return Retraining(tuple(accuracies), steps)
+    curve = [(step, float(np.mean(values))) for step, values in sorted(on_the_way.items())]
+    if curve:
+        curve.append((steps, float(np.mean(accuracies))))
+    return Retraining(tuple(accuracies), steps, tuple(curve))
+
+
+def keep_retraining(store: Store, dataset: str, selection: str, result: Retraining, **arguments: Any) -> None:
+    """Record a retraining as a run of the store, so that a report shows it.
+
+    Args:
+        store: the store.
+        dataset: the dataset that the selection is from.
+        selection: name of the selection.
+        result: how it went.
+        arguments: what else repeats it, plain JSON values.
+    """
+    with store.run("retrain", {"dataset": dataset, "selection": selection, "steps": result.steps, **arguments}) as run:
+        run.detail["accuracies"] = [round(value, 6) for value in result.accuracies]
+        run.detail["curve"] = [[step, round(value, 6)] for step, value in result.curve]
 
 
 def _head(module: nn.Module) -> list[nn.Parameter]:

@@ -101,7 +101,7 @@ def write_export(store: Store, name: str, path: Path, *, with_scores: bool = Fal
     sha, rows = hashlib.sha256(), 0
     lines = export_lines(store, name, with_scores=with_scores)
     try:
-        with _whole_file(path) as write:
+        with whole_file(path) as write:
             for line in lines:
                 data = (line + "\n").encode()
                 sha.update(data)
@@ -109,14 +109,14 @@ def write_export(store: Store, name: str, path: Path, *, with_scores: bool = Fal
                 rows += 1
         found = manifest(store, name, with_scores=with_scores)
         found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
-        with _whole_file(path.with_name(path.name + ".manifest.json")) as write:
+        with whole_file(path.with_name(path.name + ".manifest.json")) as write:
             write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise RepMatchError(f"{path} cannot be written: {error.strerror}; choose another place with -o.") from error
     return found
 
 
-class _whole_file:  # noqa: N801 -- reads as a function
+class whole_file:  # noqa: N801 -- reads as a function
     """Write beside the target and rename onto it at the end, so that no half-written file is ever seen."""
 
     def __init__(self, path: Path) -> None:
