@@ -12,14 +12,18 @@ import click
 from repmatch import __version__
 from repmatch.commands.adapter import adapter
 from repmatch.commands.compare import compare
+from repmatch.commands.completion import completion
 from repmatch.commands.demo import demo
 from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
+from repmatch.commands.inspect import inspect
 from repmatch.commands.nearest import nearest
 from repmatch.commands.report import report
 from repmatch.commands.score import score
 from repmatch.commands.select import select
+from repmatch.commands.sql import sql
+from repmatch.config import read_config
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -57,7 +61,8 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-for command in (ingest, score, compare, nearest, select, export, report, adapter, info, demo):
+_COMMANDS = (ingest, score, compare, nearest, inspect, select, export, report, adapter, sql, info, completion, demo)
+for command in _COMMANDS:
     cli.add_command(command)
 
 
@@ -70,7 +75,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = os.environ.get("REPMATCH_DEBUG") == "1"
     err = Output()
     try:
-        code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False, default_map=read_config(cli))
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()

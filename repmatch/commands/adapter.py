@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset, complete_subset
 from repmatch.context import (
     Context,
     device_option,
@@ -31,7 +32,7 @@ def adapter() -> None:
 
 
 @adapter.command("export")
-@click.argument("name", metavar="SUBSET")
+@click.argument("name", metavar="SUBSET", shell_complete=complete_subset)
 @click.option("-o", "--output", "folder", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--replace", is_flag=True, help="Replace a folder that this command wrote earlier.")
 @epochs_option
@@ -65,7 +66,11 @@ def export(
 @adapter.command("import")
 @click.argument("path", metavar="PATH")
 @click.option("--name", required=True, help="Name to keep it under.")
-@click.option("--dataset", help="Dataset of the same base model, whose matrices' names it is matched with.")
+@click.option(
+    "--dataset",
+    shell_complete=complete_dataset,
+    help="Dataset of the same base model, whose matrices' names it is matched with.",
+)
 @wait_option
 @json_option
 @pass_context

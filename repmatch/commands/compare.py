@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repmatch.completion import complete_subset
 from repmatch.context import (
     Context,
     device_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME NAME...", shell_complete=complete_subset)
 @epochs_option
 @model_option
 @device_option

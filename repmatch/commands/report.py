@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset
 from repmatch.context import Context, examples, json_option, pass_context
 
 
 @click.command()
-@click.argument("datasets", nargs=-1, metavar="[DATASET...]")
+@click.argument("datasets", nargs=-1, metavar="[DATASET...]", shell_complete=complete_dataset)
 @click.option(
     "-o",
     "--output",

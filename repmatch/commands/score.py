@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset, complete_subset
 from repmatch.context import (
     Context,
     device_option,
@@ -19,8 +20,13 @@ from repmatch.context import (
 
 
 @click.command()
-@click.argument("dataset")
-@click.option("--against", metavar="SUBSET", help="A dataset, subset, coreset or 'DATASET[SQL]'.  [default: DATASET]")
+@click.argument("dataset", shell_complete=complete_dataset)
+@click.option(
+    "--against",
+    metavar="SUBSET",
+    shell_complete=complete_subset,
+    help="A dataset, subset, coreset or 'DATASET[SQL]'.  [default: DATASET]",
+)
 @click.option(
     "--where", metavar="SQL", help="Train the subset adapter on the rows that match, such as \"label = 'x'\"."
 )

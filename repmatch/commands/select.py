@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset
 from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
 from repmatch.output import shorten
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "size", required=True, metavar="N|P%", help="Picks, or a share of the dataset such as 5%.")
 @click.option("--strategy", default="facility-location", show_default=True, help="How to choose; see below.")
 @click.option("--balance", metavar="FIELD", help="Equal counts for every value of this column.")

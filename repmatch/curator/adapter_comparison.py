@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.curator.lora import Lora, LoraLayer, common_names
+from repmatch.curator.tabular import Tabular
 from repmatch.errors import InputError, UsageError
 from repmatch.similarity import matrix_scores, orthonormal
 
@@ -39,7 +40,7 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
-class AdapterComparison:
+class AdapterComparison(Tabular):
     """RepMatch scores between LoRA adapters.
 
     Attributes:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.curator.settings import Settings
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Factors, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
 from repmatch.similarity import chance, top_k
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Tabular):
     """The nearest instances, best first, ties by id.
 
     Attributes:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from repmatch.curator.adapter_comparison import AdapterComparison, chance_of, compare_adapters
 from repmatch.curator.adapter_files import fitting, foreign_adapter, is_foreign, lora_of
 from repmatch.curator.subsets import Trainer
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Adapter, Space
 from repmatch.errors import SpaceMismatchError, UsageError
 from repmatch.similarity import chance, matrix_scores, orthonormal, score_against
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Tabular):
     """RepMatch scores of a dataset's instances against one subset adapter, best first, ties by id.
 
     Attributes:
@@ -44,6 +45,11 @@ class Scores:
     matrices: tuple[str, ...]
     chance: float
 
+    @property
+    def headline(self) -> str:
+        """What a notebook shows above the table."""
+        return f"Scores of {self.dataset} against {self.against}; unrelated directions would score {self.chance:.4f}"
+
     def to_polars(self) -> pl.DataFrame:
         """Return the scores as a frame: id, score, per_matrix."""
         import polars as pl
@@ -52,7 +58,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """RepMatch scores between subsets.
 
     Attributes:
@@ -68,6 +74,18 @@ class Comparison:
     layers: dict[str, NDArray[np.float64]]
     chance: float
     adapters: tuple[Adapter, ...]
+
+    @property
+    def headline(self) -> str:
+        """What a notebook shows above the table."""
+        return f"RepMatch scores; unrelated directions would score {self.chance:.4f}"
+
+    def to_polars(self) -> pl.DataFrame:
+        """Return the scores as a frame: name, then a column for each of the names."""
+        import polars as pl
+
+        columns = {name: self.scores[:, i] for i, name in enumerate(self.names)}
+        return pl.DataFrame({"name": self.names}).hstack(pl.DataFrame(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""

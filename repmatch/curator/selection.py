@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from repmatch import __version__
 from repmatch.curator.export import write_export
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Coreset
 from repmatch.errors import SelectionError, UsageError
 from repmatch.selectors import Constraints, FactorKernel, Problem, Selection, strategy
@@ -48,7 +49,7 @@ class SelectOptions:
 
 
 @dataclass(frozen=True)
-class Selected:
+class Selected(Tabular):
     """A stored coreset and the selection that made it.
 
     Attributes:
