@@ -39,7 +39,7 @@ class LayerComparison:
     norms: Floats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterComparison(Tabular):
     """RepMatch scores between LoRA adapters.
 

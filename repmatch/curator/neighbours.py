@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neighbours(Tabular):
     """The nearest instances, best first, ties by id.
 

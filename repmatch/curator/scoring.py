@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores(Tabular):
     """RepMatch scores of a dataset's instances against one subset adapter, best first, ties by id.
 
@@ -57,7 +57,7 @@ class Scores(Tabular):
         return pl.DataFrame({"id": self.ids, "score": self.scores, "per_matrix": self.per_matrix.tolist()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Tabular):
     """RepMatch scores between subsets.
 

@@ -48,7 +48,7 @@ class SelectOptions:
     replace: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selected(Tabular):
     """A stored coreset and the selection that made it.
 

@@ -45,6 +45,9 @@ class Tabular:
         """What a notebook shows above the table."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return f"{self.headline}\n{self.to_polars()}"  # every number, as a dataclass prints itself, helps nobody
+
     def _repr_html_(self) -> str:
         frame = self.to_polars()
         more = f"; the first {_SHOWN} of {frame.height} rows" if frame.height > _SHOWN else ""

@@ -187,7 +187,7 @@
   function drawMatrix() {
     const kinds = [section.adapters && { name: "adapters trained on datasets and subsets", ...section.adapters,
       note: "RepMatch scores between the subset adapters in the store." },
-    { name: "pairs of instances, by label", ...section.groups, note: "Mean score of one instance of a group with one of " +
+    { name: "pairs of instances, by label", diagonal: true, ...section.groups, note: "Mean score of one instance of a group with one of " +
       `another, measured on ${section.groups.sampled} instances; no training is needed for it.` }].filter(Boolean);
     const select = at("matrix-kind");
     if (select.options.length !== kinds.length || select.dataset.space !== section.space.id) {
@@ -206,7 +206,7 @@
     Plotly.react("matrix", [{
       type: "heatmap", z: values, x: names, y: names, text, hovertext: hoverText, hovertemplate: "%{hovertext}<extra></extra>",
       texttemplate: small ? "%{text}" : "", colorscale: [[0, "#f3f6fc"], [0.5, "#8fabec"], [1, "#173a9c"]], zmin: 0, xgap: 2, ygap: 2,
-      zmax: off.length ? Math.max(...off, section.chance) * 1.15 : 1,
+      zmax: kind.diagonal ? Math.max(...values.flat(), section.chance) : off.length ? Math.max(...off, section.chance) * 1.15 : 1,
       colorbar: { thickness: 12, len: 0.8, outlinewidth: 0, title: { text: "score", side: "right" } },
     }], layout({
       height: 60 + (names.length < 6 ? 56 : 36) * names.length + Math.min(200, 4.5 * wide), width: Math.min(at("matrix").clientWidth || 900,
