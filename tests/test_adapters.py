@@ -331,6 +331,7 @@ def test_an_imported_adapter_scores_and_compares(run: Run, toy_store: Path, tmp_
         assert result.code == 0, result.err
         for row in result.objects:
             assert float(str(row["score"])) == pytest.approx(own[str(row["id"])], abs=1e-6)
+    assert "adapter: imported, 4 matrices" in run(*asked, "score", "toy", "--against", "theirs").err
     mixed = run(*asked, "compare", "theirs", "toy", "--epochs", 1, "--json").objects[0]["scores"]
     assert isinstance(mixed, list)
     assert mixed[0][1] == pytest.approx(1.0, abs=1e-6)

@@ -74,7 +74,10 @@ def fenced(document: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+SLOW = ("index", "scores", "coresets", "adapters", "report")  # they train, or draw a map
+
+
+@pytest.mark.parametrize("guide", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GUIDES])
 def test_every_block_of_a_guide_runs(run: Run, docs_folder: Path, docs_store: Path, guide: str) -> None:
     shutil.copytree(docs_store, docs_folder / "repmatch-store")
     names: dict[str, object] = {"__name__": guide}
@@ -189,6 +192,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert "repmatch ingest" in (tmp_path / "site" / "commands.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_outputs_are_kept(docs_folder: Path) -> None:
     cells = json.loads((ROOT / "docs" / "example.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]

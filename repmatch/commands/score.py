@@ -66,6 +66,9 @@ def score(context: Context, /, dataset: str, against: str | None, where: str | N
     means = found.per_matrix.mean(axis=0)
     output.table(["matrix", "mean score"], [(n, float(v)) for n, v in zip(found.matrices, means, strict=True)])
     output.line(f"mean {float(found.scores.mean()):.4f}; unrelated directions would score {found.chance:.4f}")
+    if "steps" not in record:
+        output.hint(f"adapter: imported, {record['layers']} matrices, of which {len(found.matrices)} are adapted here")
+        return
     output.hint(
         f"adapter: {record['steps']} steps on {record['instances']} instances, loss {record['first_loss']:.3f} to "
         f"{record['last_loss']:.3f}, {record['seconds']:.0f} s when it was trained"
