@@ -313,6 +313,17 @@ def test_rules_hold_together_or_are_refused(data: st.DataObject) -> None:
             assert low[v] <= sum(labels[i] == v for i in picks) <= high[v]
 
 
+def test_an_instance_that_must_be_picked_is_never_skipped() -> None:
+    rules = Constraints(groups=["a", "a", "b"], at_most={"a": 1}, include=[0, 1])
+    for run in (
+        lambda: facility_location(squared_cosines(3), 2, constraints=rules),
+        lambda: top(np.arange(3), 2, constraints=rules),
+        lambda: random(3, 2, constraints=rules),
+    ):
+        with pytest.raises(SelectionError, match="position 1 can't be picked"):
+            run()
+
+
 def test_what_is_given_is_not_picked_again() -> None:
     kernel = squared_cosines(30)
     for algorithm in ("incremental", "lazy", "sparse"):

@@ -105,8 +105,10 @@ def represent(
 
 def _in_order(order: NDArray[np.int64], rules: Constraints, tracker: Tracker, k: int) -> NDArray[np.int64]:
     picked: list[int] = []
-    rest = positions(rules.include, len(order), "include")
-    for index in np.concatenate((rest, order)):
+    for index in positions(rules.include, len(order), "include").tolist():
+        tracker.add(index)  # refuses what the other rules don't allow: an instance that must be picked is never skipped
+        picked.append(index)
+    for index in order:
         if len(picked) == k:
             break
         if tracker.allowed[index]:
