@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint wheel bench bench-engine bench-select bench-store clean
+.PHONY: help install demo test test-slow lint wheel docs notebook bench bench-engine bench-select bench-store clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,14 @@ wheel: $(STAMP) ## Build the wheel and try it in an empty environment
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build && wheel-venv/bin/repmatch --version && wheel-venv/bin/repmatch --help >/dev/null && wheel-venv/bin/repmatch info
+
+docs: $(STAMP) ## Build the documentation site into build/site, warnings are errors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebook: $(STAMP) ## Run the example notebook again and keep its outputs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,docs]'
+	$(BIN)/python docs/run_notebook.py
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py

@@ -10,22 +10,28 @@ from typing import NoReturn
 import click
 
 from repmatch import __version__
+from repmatch.commands.adapter import adapter
 from repmatch.commands.compact import compact
 from repmatch.commands.compare import compare
+from repmatch.commands.completion import completion
 from repmatch.commands.delete import delete
 from repmatch.commands.demo import demo
 from repmatch.commands.evaluate import evaluate
 from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
+from repmatch.commands.inspect import inspect
 from repmatch.commands.nearest import nearest
 from repmatch.commands.plan import plan
 from repmatch.commands.repair import repair
+from repmatch.commands.report import report
 from repmatch.commands.score import score
 from repmatch.commands.select import select
+from repmatch.commands.sql import sql
 from repmatch.commands.study import study
 from repmatch.commands.suspects import suspects
 from repmatch.commands.verify import verify
+from repmatch.config import read_config
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -63,11 +69,11 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
     context.call_on_close(context.obj.close)
 
 
-COMMANDS = (
-    *(ingest, plan, score, compare, nearest, select, suspects, evaluate, study, export),
-    *(delete, compact, verify, repair, info, demo),
+_COMMANDS = (
+    *(ingest, plan, score, compare, nearest, inspect, select, suspects, evaluate, study),
+    *(export, report, adapter, sql, delete, compact, verify, repair, info, completion, demo),
 )
-for command in COMMANDS:
+for command in _COMMANDS:
     cli.add_command(command)
 
 
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = os.environ.get("REPMATCH_DEBUG") == "1"
     err = Output()
     try:
-        code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False, default_map=read_config(cli))
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset
 from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context
 from repmatch.output import printable, shorten
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.argument("instances", nargs=-1, metavar="[ID]...")
 @click.option("--text", help="A new text, in place of an id.")
 @click.option("--text-pair", help="Its second text, for a dataset of pairs.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from repmatch.completion import complete_dataset, complete_subset
 from repmatch.context import (
     Context,
     device_option,
@@ -19,8 +20,13 @@ from repmatch.context import (
 
 
 @click.command()
-@click.argument("dataset")
-@click.option("--against", metavar="SUBSET", help="A dataset, subset, coreset or 'DATASET[SQL]'.  [default: DATASET]")
+@click.argument("dataset", shell_complete=complete_dataset)
+@click.option(
+    "--against",
+    metavar="SUBSET",
+    shell_complete=complete_subset,
+    help="A dataset, subset, coreset or 'DATASET[SQL]'.  [default: DATASET]",
+)
 @click.option(
     "--where", metavar="SQL", help="Train the subset adapter on the rows that match, such as \"label = 'x'\"."
 )
@@ -60,6 +66,9 @@ def score(context: Context, /, dataset: str, against: str | None, where: str | N
     means = found.per_matrix.mean(axis=0)
     output.table(["matrix", "mean score"], [(n, float(v)) for n, v in zip(found.matrices, means, strict=True)])
     output.line(f"mean {float(found.scores.mean()):.4f}; unrelated directions would score {found.chance:.4f}")
+    if "steps" not in record:
+        output.hint(f"adapter: imported, {record['layers']} matrices, of which {len(found.matrices)} are adapted here")
+        return
     output.hint(
         f"adapter: {record['steps']} steps on {record['instances']} instances, loss {record['first_loss']:.3f} to "
         f"{record['last_loss']:.3f}, {record['seconds']:.0f} s when it was trained"

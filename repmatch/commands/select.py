@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repmatch.completion import complete_dataset
 from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
 from repmatch.output import Output, shorten
 
@@ -45,7 +46,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "k", metavar="N|P%", help="Picks, or a share such as 5%; may be left out where a rule ends it.")
 @click.option("--strategy", default="facility-location", show_default=True, help="How to choose; see below.")
 @click.option("--algorithm", default="auto", show_default=True, help="How a strategy finds its picks; see below.")

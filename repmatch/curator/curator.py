@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from repmatch.curator import neighbours, scoring, selection
 from repmatch.curator.export import write_export
+from repmatch.curator.frames import as_file, dataset_of, frame_of, is_frame
 from repmatch.curator.ingest import IngestOptions, IngestReport, Progress, check_name, ingest
 from repmatch.curator.rows import FieldChoice
 from repmatch.curator.settings import Settings
@@ -17,6 +18,11 @@ from repmatch.datamodels import Adapter, Encoding, Row
 from repmatch.errors import UsageError
 
 if TYPE_CHECKING:
+    import polars as pl
+
+    from repmatch.curator.adapter_comparison import AdapterComparison
+    from repmatch.curator.adapter_files import ExportedAdapter
+    from repmatch.curator.inspection import Inspection
     from repmatch.curator.training import Recipe
     from repmatch.store import Store
 
@@ -74,7 +80,7 @@ class Curator:
 
     def ingest(
         self,
-        source: str | Path | Sequence[str | Path],
+        source: Any,
         dataset: str,
         *,
         fields: FieldChoice | None = None,
@@ -84,7 +90,8 @@ class Curator:
         """Read rows and compute the instance factors that are missing.
 
         Args:
-            source: a file (JSON lines, CSV, Parquet), "-" for standard input, "hf:NAME", or several of them.
+            source: a file (JSON lines, CSV, Parquet), "-" for standard input, "hf:NAME", or several of them; or a
+                frame: polars, pandas, a `datasets.Dataset`, or anything with Arrow's C stream.
             dataset: name of the dataset to make or extend.
             fields: columns to read; None: id, text, text_pair and label.
             encoding: "float16" (default), "float32" or "sign".
@@ -93,6 +100,9 @@ class Curator:
         Returns:
             Counts, and the rows that were set aside with reasons.
         """
+        if is_frame(source):
+            with as_file(source) as path:
+                return self.ingest(path, dataset, fields=fields, encoding=encoding, strict=strict)
         sources = [source] if isinstance(source, str | Path) else list(source)
         options = IngestOptions(fields or FieldChoice(), encoding, strict)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
@@ -121,11 +131,23 @@ class Curator:
         """Return the adapter of a subset, trained if it is not in the store yet."""
         return self.trainer.adapter(subset)
 
+    def export_adapter(self, subset: str, folder: str | Path, *, replace: bool = False) -> ExportedAdapter:
+        """Write a subset's adapter as a peft checkpoint; see `repmatch.curator.adapter_files.export_adapter`."""
+        from repmatch.curator.adapter_files import export_adapter
+
+        return export_adapter(self.trainer, subset, Path(folder), replace=replace)
+
+    def import_adapter(self, path: str | Path, name: str, *, dataset: str | None = None) -> Adapter:
+        """Keep a LoRA checkpoint in the store; see `repmatch.curator.adapter_files.import_adapter`."""
+        from repmatch.curator.adapter_files import import_adapter
+
+        return import_adapter(self.store, path, name, dataset=dataset)
+
     def score(self, dataset: str, *, against: str | None = None, where: str | None = None) -> scoring.Scores:
         """Score a dataset's instances against a subset adapter; see `repmatch.curator.scoring.score`."""
         return scoring.score(self.trainer, dataset, against=against, where=where)
 
-    def compare(self, *names: str) -> scoring.Comparison:
+    def compare(self, *names: str) -> scoring.Comparison | AdapterComparison:
         """Compare subsets by their adapters; see `repmatch.curator.scoring.compare`."""
         return scoring.compare(self.trainer, names)
 
@@ -210,6 +232,27 @@ class Curator:
         scores = self.score(dataset)
         return dict(zip(scores.ids, scores.scores.tolist(), strict=True))
 
-    def export(self, name: str, path: str | Path, *, with_scores: bool = False) -> dict[str, Any]:
+    def inspect(self, dataset: str, instance: str, *, k: int = 5) -> Inspection:
+        """Explain one instance; see `repmatch.curator.inspection.inspect`."""
+        from repmatch.curator.inspection import inspect
+
+        return inspect(self.store, dataset, instance, k=k)
+
+    def frame(self, name: str, *, with_scores: bool = False) -> pl.DataFrame:
+        """Return a coreset's or dataset's rows as a polars frame; see `repmatch.curator.frames.frame_of`."""
+        return frame_of(self.store, name, with_scores=with_scores)
+
+    def to_dataset(self, name: str, *, with_scores: bool = False) -> Any:
+        """Return a coreset's or dataset's rows as a `datasets.Dataset`; see `repmatch.curator.frames.dataset_of`."""
+        return dataset_of(self.store, name, with_scores=with_scores)
+
+    def report(self, path: str | Path, *datasets: str, **options: Any) -> dict[str, Any]:
+        """Write a report; `options` are fields of `repmatch.curator.report.gather.ReportOptions`."""
+        from repmatch.curator.report.gather import ReportOptions
+        from repmatch.curator.report.page import write_report
+
+        return write_report(self.store, Path(path), ReportOptions(datasets, **options), self.progress)
+
+    def export(self, name: str, path: str | Path, *, with_scores: bool = False, card: bool = False) -> dict[str, Any]:
         """Write a coreset's or dataset's rows and a manifest; see `repmatch.curator.export.write_export`."""
-        return write_export(self.store, name, Path(path), with_scores=with_scores)
+        return write_export(self.store, name, Path(path), with_scores=with_scores, card=card)

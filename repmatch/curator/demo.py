@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 DATASET = "docstrings"
 PICKS = 80
 _MAX_LENGTH = 64
-_STEPS = 60
 _AREA_EPOCHS = 4  # an area is small: one epoch of it would be five steps
-_SEEDS = (0, 1)
+_SEEDS = 2
 _QUESTION = "Wait until the other thread has released the lock."
 
 
@@ -60,7 +59,7 @@ def run(folder: Path, output: Output, *, device: str = "auto") -> None:
         _ingest(curator, folder, output)
         _score(curator, output)
         _compare(curator, ("text", "internet"), output)
-        _select(curator, [_as_row(row) for row in test], output)
+        _select(curator, folder, output)
         _nearest(curator, output)
         _export(curator, folder, output)
     output.line("")
@@ -68,17 +67,15 @@ def run(folder: Path, output: Output, *, device: str = "auto") -> None:
     output.line("  repmatch ingest YOURS.jsonl --dataset yours")
     output.line("  repmatch select yours -k 5% --stratify label --name core")
     output.line("  repmatch export core -o core.jsonl")
-    output.line(f"or look around in what the demo made: repmatch --store {folder / 'store'} info")
+    output.line("or look around in what the demo made, in a browser (needs the extra 'report') or here:")
+    output.line(f"  repmatch --store {folder / 'store'} report -o {folder / 'report.html'}")
+    output.line(f"  repmatch --store {folder / 'store'} info")
 
 
 def _step(output: Output, number: int, title: str, command: str) -> None:
     output.line("")
     output.line(f"[{number}/7] {title}")
     output.line(f"$ {command}")
-
-
-def _as_row(row: dict[str, object]) -> Row:
-    return Row(str(row["id"]), json.dumps(row), str(row["text"]), None, str(row["label"]), "", "", "", 0)
 
 
 def _short(text: str, width: int = 64) -> str:
@@ -129,9 +126,8 @@ def _compare(curator: Curator, areas: Sequence[str], output: Output) -> None:
     output.line(f"{areas[0]} against {areas[1]}: {found.scores[0, 1]:.4f}; unrelated directions: {found.chance:.4f}")
 
 
-def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
-    from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, retrain
-    from repmatch.curator.workbench import Workbench
+def _select(curator: Curator, folder: Path, output: Output) -> None:
+    from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate
 
     _step(
         output,
@@ -145,23 +141,16 @@ def _select(curator: Curator, test: Sequence[Row], output: Output) -> None:
     output.line(f"facility location: objective {core.selection.value:.2f}, random {_value(chance):.2f}")
     if certainty is not None:
         output.line(f"certified: at least {certainty:.0%} of the best possible {PICKS}")
-    bench = Workbench.of_space(curator.trainer.space_of(DATASET), curator.settings)
-    labels = curator.store.dataset(DATASET).labels
-    task, rows = bench.task(labels), []
-    held_out = task.encode(test)
-    for name, chosen in (("facility location", core), ("random", chance)):
-        picked = task.encode(list(curator.store.tasks(DATASET, ids=list(chosen.ids))))
-        accuracies = []
-        for seed in _SEEDS:
-            show = partial(output.progress, f"retraining on {name}, seed {seed}")
-            (ended,) = retrain(bench, labels, [Job(picked, seed)], held_out, RetrainRecipe(steps=_STEPS), show)
-            accuracies.append(ended.accuracy)
-        output.close()
-        rows.append((name, sum(accuracies) / len(accuracies), *accuracies))
-    output.table(["picked by", "accuracy", *(f"seed {seed}" for seed in _SEEDS)], rows)
+    rival = "random+stratify=label"
+    asked = EvaluateOptions((rival,), ("core",), (PICKS,), _SEEDS, baselines=())
+    found = evaluate(curator, DATASET, [str(folder / "held-out.jsonl")], asked)
+    output.close()
+    rows = [(line.candidate, line.accuracy.mean, *line.accuracies) for line in found.lines]
+    output.table(["trained on", "accuracy", *(f"seed {seed}" for seed in range(_SEEDS))], rows)
     output.line(
-        f"{len(test)} held-out docstrings, {len(labels)} areas, {_STEPS} steps each. Two seeds are an anecdote: "
-        "expect a few points of noise."
+        f"{found.test_rows} held-out docstrings, {len(curator.store.dataset(DATASET).labels)} areas, "
+        f"{found.lines[0].steps} steps each. {_SEEDS} seeds are an anecdote: expect a few points of noise, and see "
+        "repmatch evaluate."
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from repmatch import __version__
+from repmatch.curator.card import card_text, check_card, composition_of
 from repmatch.datamodels import Coreset
 from repmatch.errors import InputError, RepMatchError, UsageError
 
@@ -78,7 +79,9 @@ def _extras(store: Store, name: str, dataset: str) -> dict[str, dict[str, Any]]:
     return extras
 
 
-def write_export(store: Store, name: str, path: Path, *, with_scores: bool = False) -> dict[str, Any]:
+def write_export(
+    store: Store, name: str, path: Path, *, with_scores: bool = False, card: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
     """Write an export and its manifest; the file appears whole or not at all.
 
     Args:
@@ -86,12 +89,14 @@ def write_export(store: Store, name: str, path: Path, *, with_scores: bool = Fal
         name: a coreset, a dataset, a subset or DATASET[SQL].
         path: the file to write; the manifest goes to the same name with ".manifest.json" added.
         with_scores: as in `export_lines`.
+        card: write a dataset card, README.md, beside the file.
+        dry_run: check everything and write nothing.
 
     Returns:
         The manifest.
 
     Raises:
-        UsageError: the folder does not exist or the path is a folder.
+        UsageError: the folder does not exist, the path is a folder, or there is a README.md that is no card of ours.
         RepMatchError: the file cannot be written.
     """
     if path.is_dir():
@@ -99,9 +104,16 @@ def write_export(store: Store, name: str, path: Path, *, with_scores: bool = Fal
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
     sha, rows = hashlib.sha256(), 0
+    readme = path.with_name("README.md")
+    if card:
+        check_card(readme)
     lines = export_lines(store, name, with_scores=with_scores)
+    if dry_run:
+        found = manifest(store, name, with_scores=with_scores)
+        found["file"] = {"name": path.name, "rows": sum(1 for _ in lines), "sha256": None}
+        return found
     try:
-        with _whole_file(path) as write:
+        with whole_file(path) as write:
             for line in lines:
                 data = (line + "\n").encode()
                 sha.update(data)
@@ -109,14 +121,17 @@ def write_export(store: Store, name: str, path: Path, *, with_scores: bool = Fal
                 rows += 1
         found = manifest(store, name, with_scores=with_scores)
         found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
-        with _whole_file(path.with_name(path.name + ".manifest.json")) as write:
+        with whole_file(path.with_name(path.name + ".manifest.json")) as write:
             write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+        if card:
+            with whole_file(readme) as write:
+                write(card_text(found, composition_of(store, name)).encode())
     except OSError as error:
         raise RepMatchError(f"{path} cannot be written: {error.strerror}; choose another place with -o.") from error
     return found
 
 
-class _whole_file:  # noqa: N801 -- reads as a function
+class whole_file:  # noqa: N801 -- reads as a function
     """Write beside the target and rename onto it at the end, so that no half-written file is ever seen."""
 
     def __init__(self, path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.curator.settings import Settings
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Factors, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
 from repmatch.similarity import chance, mean_scores
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from repmatch.store.search import Scorer
 
 
-@dataclass(frozen=True)
-class Neighbours:
+@dataclass(frozen=True, repr=False)
+class Neighbours(Tabular):
     """The nearest instances, best first, ties by id.
 
     Attributes:

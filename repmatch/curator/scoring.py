@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.curator.adapter_comparison import AdapterComparison, chance_of, compare_adapters
+from repmatch.curator.adapter_files import fitting, foreign_adapter, is_foreign, lora_of
 from repmatch.curator.subsets import Trainer
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Adapter, Space
 from repmatch.errors import SpaceMismatchError, UsageError
 from repmatch.similarity import chance, matrix_scores, orthonormal, score_against
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Tabular):
     """RepMatch scores of a dataset's instances against one subset adapter, best first, ties by id.
 
     Attributes:
@@ -42,6 +45,11 @@ class Scores:
     matrices: tuple[str, ...]
     chance: float
 
+    @property
+    def headline(self) -> str:
+        """What a notebook shows above the table."""
+        return f"Scores of {self.dataset} against {self.against}; unrelated directions would score {self.chance:.4f}"
+
     def to_polars(self) -> pl.DataFrame:
         """Return the scores as a frame: id, score, per_matrix."""
         import polars as pl
@@ -49,8 +57,8 @@ class Scores:
         return pl.DataFrame({"id": self.ids, "score": self.scores, "per_matrix": self.per_matrix.tolist()})
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Tabular):
     """RepMatch scores between subsets.
 
     Attributes:
@@ -66,6 +74,18 @@ class Comparison:
     layers: dict[str, NDArray[np.float64]]
     chance: float
     adapters: tuple[Adapter, ...]
+
+    @property
+    def headline(self) -> str:
+        """What a notebook shows above the table."""
+        return f"RepMatch scores; unrelated directions would score {self.chance:.4f}"
+
+    def to_polars(self) -> pl.DataFrame:
+        """Return the scores as a frame: name, then a column for each of the names."""
+        import polars as pl
+
+        columns = {name: self.scores[:, i] for i, name in enumerate(self.names)}
+        return pl.DataFrame({"name": self.names}).hstack(pl.DataFrame(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -85,9 +105,13 @@ def directions(adapter: Adapter, space: Space) -> list[NDArray[np.float64]]:
         space: its space.
 
     Returns:
-        A (d_out, r) block a matrix, orthonormal columns in order of falling singular value.
+        A (d_out, r) block a matrix, orthonormal columns in order of falling singular value; zeros where the adapter,
+        imported, does not adapt it.
     """
-    return [orthonormal(adapter.b[m.name], adapter.a[m.name]) for m in space.matrices]
+    return [
+        orthonormal(adapter.b[m.name], adapter.a[m.name]) if m.name in adapter.b else np.zeros((m.d_out, 1))
+        for m in space.matrices
+    ]
 
 
 def score(trainer: Trainer, dataset: str, *, against: str | None = None, where: str | None = None) -> Scores:
@@ -107,17 +131,22 @@ def score(trainer: Trainer, dataset: str, *, against: str | None = None, where: 
     """
     store, target = trainer.store, dataset if against is None else against
     space = trainer.space_of(dataset)
-    other = trainer.space_of(store.resolve(target).dataset)
-    require_same_space(dataset, space, target, other)
-    adapter = trainer.adapter(target, where=where)
+    adapter = foreign_adapter(store, target, space)
+    if adapter is None:
+        other = trainer.space_of(store.resolve(target).dataset)
+        require_same_space(dataset, space, target, other)
+        adapter = trainer.adapter(target, where=where)
+    elif where is not None:
+        raise UsageError(f"{target!r} is an adapter from outside and has no rows; --where cannot narrow it.")
     u = directions(adapter, space)
+    common = fitting(adapter, space)
     ids: list[str] = []
     parts = []
     for factors in store.iter_factors(dataset):
         ids += factors.ids
         parts.append(score_against(factors, u))
     per_matrix = np.concatenate(parts) if parts else np.zeros((0, len(space.matrices)), np.float32)
-    scores = per_matrix.mean(axis=1, dtype=np.float64).astype(np.float32)
+    scores = per_matrix[:, common].mean(axis=1, dtype=np.float64).astype(np.float32)
     store.save_scores(dataset, adapter.id, ids, scores, per_matrix)
     order = sorted(range(len(ids)), key=lambda i: (-scores[i], ids[i]))
     return Scores(
@@ -126,21 +155,30 @@ def score(trainer: Trainer, dataset: str, *, against: str | None = None, where: 
         adapter=adapter,
         ids=tuple(ids[i] for i in order),
         scores=scores[order],
-        per_matrix=per_matrix[order],
-        matrices=space.layout.names,
-        chance=chance(space.layout),
+        per_matrix=per_matrix[order][:, common],
+        matrices=tuple(space.layout.names[i] for i in common),
+        chance=_chance(adapter, space),
     )
 
 
-def compare(trainer: Trainer, names: Sequence[str]) -> Comparison:
+def _chance(adapter: Adapter, space: Space) -> float:
+    ranks = {len(a) for a in adapter.a.values()}
+    if ranks == {space.rank}:
+        return chance(space.layout)
+    found = [m for m in space.matrices if m.name in adapter.a]
+    return float(np.mean([chance_of(m.d_out, space.rank, len(adapter.a[m.name])) for m in found]))
+
+
+def compare(trainer: Trainer, names: Sequence[str]) -> Comparison | AdapterComparison:
     """Compare subsets by the RepMatch scores of their adapters.
 
     Args:
         trainer: gives the subset adapters.
-        names: two or more datasets, subsets, coresets or DATASET[SQL].
+        names: two or more datasets, subsets, coresets or DATASET[SQL]; also paths of LoRA checkpoints and imported
+            adapters.
 
     Returns:
-        The scores, per matrix too.
+        The scores, per matrix too; an `AdapterComparison` where an adapter from outside takes part.
 
     Raises:
         UsageError: fewer than two names.
@@ -148,6 +186,8 @@ def compare(trainer: Trainer, names: Sequence[str]) -> Comparison:
     """
     if len(names) < 2:
         raise UsageError(f"compare takes two or more names, not {len(names)}.")
+    if any(is_foreign(trainer.store, name) for name in names):
+        return compare_adapters([lora_of(trainer, name) for name in names])
     spaces = [trainer.space_of(trainer.store.resolve(name).dataset) for name in names]
     for name, space in zip(names, spaces, strict=True):
         require_same_space(names[0], spaces[0], name, space)

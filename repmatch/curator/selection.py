@@ -16,6 +16,7 @@ from repmatch.curator.export import write_export
 from repmatch.curator.ingest import Progress
 from repmatch.curator.select_options import SelectArguments, SelectOptions, picks_of
 from repmatch.curator.select_problem import Posed, pose
+from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Coreset
 from repmatch.errors import UsageError
 from repmatch.selectors import Selection, represent
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["SelectArguments", "SelectOptions", "Selected", "composition", "picks_of", "select"]
 
 
-@dataclass(frozen=True)
-class Selected:
+@dataclass(frozen=True, repr=False)
+class Selected(Tabular):
     """A stored coreset and the selection that made it.
 
     Attributes:

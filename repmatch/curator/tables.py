@@ -197,9 +197,9 @@ def read_hub(name: str, config: str | None, split: str | None) -> Records:
             "the name on https://huggingface.co/datasets and the network."
         ) from error
     rows = splits[_split(list(splits), split)]
-    names = _class_names(getattr(rows, "features", None) or {})
+    names = class_names(getattr(rows, "features", None) or {})
     for number, row in enumerate(_guarded(rows), 1):
-        yield _record(number, {c: _named(names[c], value) if c in names else value for c, value in row.items()})
+        yield _record(number, {c: named(names[c], value) if c in names else value for c, value in row.items()})
 
 
 def _guarded(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -223,7 +223,15 @@ def _split(known: list[str], wanted: str | None) -> str:
     return wanted
 
 
-def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of class labels.
+
+    Args:
+        features: features of a `datasets.Dataset`.
+
+    Returns:
+        Column -> names of its labels, for the columns that hold class labels.
+    """
     return {
         column: list(feature.names)
         for column, feature in features.items()
@@ -231,8 +239,16 @@ def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _named(names: list[str], value: Any) -> Any:
-    """A class label's name; -1 marks a missing label in hub datasets."""
+def named(names: list[str], value: Any) -> Any:
+    """Return a class label's name; -1 marks a missing label in hub datasets.
+
+    Args:
+        names: the names.
+        value: the label's number.
+
+    Returns:
+        The name; None for a missing label, the value itself where it is no number of a name.
+    """
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
     return None if value == -1 else value

@@ -282,7 +282,7 @@ class Catalog:
         conn = self._patiently(
             lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill})
         )
-        conn.execute("SET enable_progress_bar = false")
+        hide_progress(conn)
         return conn
 
     def _patiently(self, connect: Any) -> Any:
@@ -310,6 +310,18 @@ class Catalog:
                     ) from error
                 time.sleep(pause)
                 pause = random.uniform(0.005, 0.03)  # short: a busy writer leaves the lock for moments only
+
+
+def hide_progress(conn: Any) -> None:
+    """Turn DuckDB's progress bar off, which would print to standard output.
+
+    Args:
+        conn: an open connection.
+    """
+    import duckdb
+
+    with suppress(duckdb.InvalidInputException):  # a notebook without ipywidgets has no bar, and says so
+        conn.execute("SET enable_progress_bar = false")
 
 
 def first(result: Any) -> Any:

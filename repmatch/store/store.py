@@ -34,6 +34,22 @@ class Store(Union, Searches, ArrowTables):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        kinds = {"datasets": ("name", "rows", "labels"), "coresets": ("name", "dataset", "strategy", "picks")}
+        parts = [f"<p><b>Store</b> <code>{escape(str(self.path))}</code></p>"]
+        for kind, columns in kinds.items():
+            frame = getattr(self, kind)()
+            kept = [c for c in columns if c in frame.columns]
+            head = "".join(f"<th>{c}</th>" for c in kept)
+            rows = "".join(
+                "<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>"
+                for row in frame.select(kept).iter_rows()
+            )
+            parts.append(f"<p>{kind}</p><table><tr>{head}</tr>{rows}</table>")
+        return "".join(parts)
+
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, mode={self.mode!r})"
 

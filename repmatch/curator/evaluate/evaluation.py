@@ -32,14 +32,15 @@ class EvaluateOptions:
     """What is evaluated.
 
     Attributes:
-        candidates: strategies and baselines, see `repmatch.curator.evaluate.candidates.parse`; random, full, longest
-            and embeddings are always among them.
+        candidates: strategies and baselines, see `repmatch.curator.evaluate.candidates.parse`; see `baselines` for
+            what is compared beside them.
         coresets: names of stored coresets.
         sizes: numbers of rows, or shares such as "5%".
         seeds: trainings of each selection; seed s of one is paired with seed s of another.
         recipe: how selections are trained on; None: `RetrainRecipe()`.
         together: trainings side by side; None: 1 on a CPU, 8 on a GPU.
         near: Jaccard similarity from which on a test row counts as standing in the training data.
+        baselines: what is compared whatever else is asked for; without "random" no difference to it is told.
     """
 
     candidates: tuple[str, ...] = ("facility-location",)
@@ -49,6 +50,7 @@ class EvaluateOptions:
     recipe: RetrainRecipe | None = None
     together: int | None = None
     near: float = NEAR
+    baselines: tuple[str, ...] = ALWAYS
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -124,7 +126,7 @@ def evaluate(curator: Curator, dataset: str, test: Sequence[str], options: Evalu
     with curator.store.run("evaluate", arguments) as run:
         trials = maker.run(list(_trials(pool, candidates, options)))
         lines = summarise(trials, [c.text for c in candidates])
-        run.detail["lines"] = [line.as_json() for line in lines]
+        run.detail.update(lines=[line.as_json() for line in lines], test_rows=len(held.rows))
     return Evaluation(dataset, tuple(lines), len(held.rows), held.leaks, held.bad, tuple(notes), maker.reused)
 
 
@@ -140,7 +142,7 @@ def evaluate_with_steps(
 def _candidates(options: EvaluateOptions) -> list[Candidate]:
     found = [parse(text) for text in options.candidates]
     found += [Candidate(name, name, coreset=True) for name in options.coresets]
-    found += [parse(name) for name in ALWAYS]
+    found += [parse(name) for name in options.baselines]
     return list({candidate.text: candidate for candidate in found}.values())
 
 

@@ -1,0 +1,100 @@
+"""The dataset card that goes with an export: what the rows are, how they were chosen, and how to choose them again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repmatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from repmatch.store import Store
+
+MARK = "<!-- written by repmatch export --card -->"
+
+
+def check_card(path: Path) -> None:
+    """Refuse to write over a README.md that somebody else wrote.
+
+    Args:
+        path: the card.
+
+    Raises:
+        UsageError: it is there and was not written by this command.
+    """
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"{path} is there already and is no card of repmatch; export into a folder of its own.")
+
+
+def composition_of(store: Store, name: str) -> dict[str, tuple[int, int]]:
+    """Count labels in an export and in its dataset.
+
+    Args:
+        store: the store.
+        name: what is exported.
+
+    Returns:
+        Label -> (exported, in the dataset), in order of the label.
+    """
+    subset = store.resolve(name)
+    some, whole = Counter(store.members(subset).labels), Counter(store.members(store.resolve(subset.dataset)).labels)
+    return {label: (some[label], count) for label, count in sorted(whole.items())}
+
+
+def card_text(manifest: Mapping[str, Any], labels: Mapping[str, tuple[int, int]]) -> str:
+    """Return a dataset card in the form of the Hugging Face hub.
+
+    Args:
+        manifest: of the export.
+        labels: from `composition_of`.
+
+    Returns:
+        Markdown with a YAML head.
+    """
+    about, chosen, space = manifest["dataset"], manifest["selection"], manifest["space"]
+    rows, columns = manifest["file"]["rows"], about["columns_read"]
+    size = "n<1K" if rows < 1000 else _size(rows)
+    task = space["task"] if space else "text-classification"
+    head = ["---", "configs:", "- config_name: default", f"  data_files: {_quoted(manifest['file']['name'])}"]
+    head += ["task_categories:", f"- {task.replace('sequence', 'text')}", "size_categories:", f"- {size}"]
+    head += ["tags:", "- coreset", "- repmatch", "---", "", MARK, "", f"# {_line(manifest['name'])}", ""]
+    part = f"{rows} of the {about['instances']} instances of {_line(about['name'])}"
+    lines = [f"{part}, as they came: every column is kept.", ""]
+    if chosen and chosen["strategy"] != "filter":
+        lines += [
+            f"They were chosen by the strategy `{chosen['strategy']}` from what a model learns of each instance, and "
+            "stand in the order in which they were picked. Again:",
+            *("", "```console", f"$ {chosen['command']}", "```", ""),
+        ]
+    elif chosen:
+        lines += [f"They are those that match the condition `{_line(chosen['where'])}`.", ""]
+    read = ", ".join(f"{kind} `{_line(column)}`" for kind, column in columns.items() if column)
+    lines += [f"Columns that were read: {read}.", "", "| label | here | in the dataset |", "|---|---|---|"]
+    lines += [f"| {_line(label)} | {some} | {whole} |" for label, (some, whole) in labels.items()]
+    if space:
+        lines += [
+            "",
+            f"Base model: {_line(space['model'])} (fingerprint `{space['model_fingerprint'][:16]}`), LoRA rank "
+            f"{space['rank']}, seed {space['seed']}. Everything else that repeats it is in "
+            f"`{_line(manifest['file']['name'])}.manifest.json`.",
+        ]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def _size(rows: int) -> str:
+    for low, high in (("1K", "10K"), ("10K", "100K"), ("100K", "1M"), ("1M", "10M")):
+        if rows < {"10K": 10**4, "100K": 10**5, "1M": 10**6, "10M": 10**7}[high]:
+            return f"{low}<n<{high}"
+    return "n>10M"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _line(text: str) -> str:
+    """Keep a text of the user's within its line and cell."""
+    shown = " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    return shown if len(shown) <= 80 else shown[:79] + "…"

@@ -1,0 +1,1 @@
+"""The report: one HTML file about a store that opens offline in any browser."""
