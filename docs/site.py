@@ -22,6 +22,8 @@ PAGES: dict[str, list[tuple[str, str]]] = {
         ("What a score means", "scores.md"),
         ("Picking a coreset", "coresets.md"),
         ("Instruction tuning", "instruction-tuning.md"),
+        ("Does it choose better data?", "evaluation.md"),
+        ("Tasks, matrices, steps, warm starts", "tasks.md"),
         ("Hunting label errors", "label-errors.md"),
         ("Comparing adapters", "adapters.md"),
         ("The report", "report.md"),

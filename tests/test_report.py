@@ -157,7 +157,9 @@ def evil_report(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
         curator.score(name)
         curator.compare(name, "more", f"{name}[label <> 'no']")
         curator.select(name, 6, name="core")
-        test = write_rows(folder / "test.jsonl", [{"id": f"t{i}", "text": f"a fresh {i}", "label": "no"} for i in range(9)])
+        test = write_rows(
+            folder / "test.jsonl", [{"id": f"t{i}", "text": f"a fresh {i}", "label": "no"} for i in range(9)]
+        )
         asked = EvaluateOptions((), ("core",), (6,), 2, RetrainRecipe(steps=2), baselines=("random",))
         evaluate(curator, name, [str(test)], asked)
     from repmatch.cli import main

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from repmatch.curator.neighbours import Neighbours, nearest_to_id
+from repmatch.curator.neighbours import Neighbours, nearest_to_ids
 from repmatch.curator.report.gather import short_names
 from repmatch.errors import InputError, RepMatchError
 from repmatch.similarity import chance, score_instance
@@ -133,7 +133,7 @@ def inspect(store: Store, dataset: str, instance: str, *, k: int = 5) -> Inspect
         matrices=tuple(short_names(factors.layout.names)),
         gradient=tuple(float(v) for v in factors.norms[0]),
         scores=_scores(store, dataset, instance),
-        nearest=nearest_to_id(store, dataset, instance, k=k) if alive else None,
+        nearest=nearest_to_ids(store, dataset, [instance], k=k)[0] if alive else None,
         signed=_signed(store, dataset, instance, k) if alive else None,
         opposed=_opposed(store, dataset, factors, k) if alive else (),
         stand_ins=_stand_ins(store, dataset, instance),
@@ -145,7 +145,7 @@ def inspect(store: Store, dataset: str, instance: str, *, k: int = 5) -> Inspect
 
 def _signed(store: Store, dataset: str, instance: str, k: int) -> Neighbours | None:
     try:
-        return nearest_to_id(store, dataset, instance, k=k, signed=True)
+        return nearest_to_ids(store, dataset, [instance], k=k, signed=True)[0]
     except InputError:
         return None
 
