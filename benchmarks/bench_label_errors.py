@@ -1,9 +1,9 @@
-"""How well label errors are found: flip a tenth of a file's labels and look for them.
+"""How well label errors are found: flip a tenth of a file's labels and look for them; see README.md beside this file.
 
-    python benchmarks/bench_label_errors.py rows.jsonl --rows 2000
+    python benchmarks/bench_label_errors.py rows.jsonl --rows 2000 --warm 640
 
-AUROC: the chance that a flipped instance is more suspect than another; 0.5 is guessing. Precision: the share of flipped
-ones among as many suspects as were flipped; 0.1 is guessing.
+Average precision: the mean, over the flipped instances, of the share of flipped ones among those ranked no lower; 0.1 is
+guessing.
 """
 
 from __future__ import annotations
@@ -16,51 +16,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import repmatch
-from repmatch.blocks import take
-from repmatch.similarity import score_instance
+from repmatch.curator.evaluate.embeddings import embedder
+from repmatch.curator.suspects import oppose, suspicion
 
 
-def report(name: str, suspicion: Any, wrong: Any) -> None:
-    ranks = np.argsort(np.argsort(suspicion, kind="stable"))
-    count = int(wrong.sum())
-    area = (ranks[wrong].sum() - count * (count - 1) / 2) / (count * (len(wrong) - count))
-    precision = wrong[np.argsort(-suspicion, kind="stable")[:count]].mean()
-    print(f"{name}: AUROC {area:.3f}, precision {precision:.3f}")
+def average_precision(suspect: NDArray[np.floating[Any]], wrong: NDArray[np.bool_]) -> float:
+    """Return the average precision of a ranking."""
+    hits = wrong[np.argsort(-suspect, kind="stable")]
+    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
 
 
-def main(path: Path, rows: int, seed: int) -> None:
-    data = [json.loads(line) for line in path.read_text().splitlines()[:rows]]
-    labels, draw = sorted({row["label"] for row in data}), random.Random(seed)
-    flipped = set(draw.sample(range(len(data)), len(data) // 10))
-    for i in flipped:
-        data[i]["label"] = draw.choice([label for label in labels if label != data[i]["label"]])
-    wrong = np.array([i in flipped for i in range(len(data))])
+def flip(rows: list[dict[str, Any]], share: float, seed: int) -> NDArray[np.bool_]:
+    """Give a share of the rows another label, and say which."""
+    labels, draw = sorted({row["label"] for row in rows}), random.Random(seed)
+    chosen = set(draw.sample(range(len(rows)), round(share * len(rows))))
+    for i in sorted(chosen):
+        rows[i]["label"] = draw.choice([label for label in labels if label != rows[i]["label"]])
+    return np.array([i in chosen for i in range(len(rows))])
+
+
+def by_probability(rows: NDArray[np.float32], labels: NDArray[np.str_], seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return label quality from a cross-validated logistic regression on embeddings, by cleanlab where it is there."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    codes = np.unique(labels, return_inverse=True)[1]
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    model = LogisticRegression(max_iter=2000, C=10.0)
+    chances = cross_val_predict(model, rows, codes, cv=folds, method="predict_proba")
+    found = {"self-confidence of a regression on embeddings": -chances[np.arange(len(codes)), codes]}
+    try:
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError:
+        return found
+    for method in ("self_confidence", "normalized_margin"):
+        found[f"cleanlab, {method}, the same probabilities"] = -get_label_quality_scores(codes, chances, method=method)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Flip labels, look for them in several ways, and print the average precision of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help='JSON lines with "text" and "label", whose labels are to be trusted')
+    parser.add_argument("--rows", type=int, default=2000, help="drawn at random (default 2000)")
+    parser.add_argument("--share", type=float, default=0.1, help="of labels that are flipped (default 0.1)")
+    parser.add_argument("--warm", default="640", help="rows of the warm start, or none (default 640)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = random.Random(options.seed).sample(rows, min(options.rows, len(rows)))
+    wrong = flip(rows, options.share, options.seed)
     with tempfile.TemporaryDirectory() as folder, repmatch.open(Path(folder) / "store") as store:
         file = Path(folder) / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in data))
-        repmatch.Curator(store, settings=repmatch.Settings(max_length=64)).ingest(file, "rows")
-        factors, given = store.factors("rows"), np.array(store.column("rows", "label"))
-        loss = store.sql("SELECT loss FROM instances ORDER BY position")["loss"].to_numpy()
-    signed, others = np.zeros(len(factors)), np.zeros(len(factors))
-    for i in range(len(factors)):
-        one = take(factors, [i])
-        score = score_instance(factors, one).mean(axis=1)
-        cosine = score_instance(factors, one, signed=True).mean(axis=1)
-        near = np.argsort(-score)[1:51]
-        signed[i] = -(score[near] * np.sign(cosine[near])).sum()
-        others[i] = (given[near] != given[i]).mean()
-    print(f"{len(data)} rows of {path.name}, {len(labels)} labels, {len(flipped)} flipped")
-    report("signed agreement of the 50 nearest", signed, wrong)
-    report("other labels among the 50 nearest", others, wrong)
-    report("loss at the shared start", loss, wrong)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings = repmatch.Settings(max_length=64, warm_start=options.warm)
+        curator = repmatch.Curator(store, settings=settings)
+        curator.ingest(file, "rows")
+        factors = store.factors("rows")
+        frame = store.sql("SELECT id, label, loss FROM instances ORDER BY position")
+        place = {str(row["id"]): bool(bad) for row, bad in zip(rows, wrong, strict=True)}
+        wrong = np.array([place[name] for name in factors.ids])
+        labels, losses = np.array(frame["label"].to_list()), frame["loss"].to_numpy().astype(np.float64)
+        assert tuple(frame["id"].to_list()) == factors.ids
+        agreement = oppose(factors).agreement
+        ways = {
+            "suspects": suspicion(losses, agreement),
+            "loss at the start": losses,
+            "opposition of the neighbours": -agreement,
+        }
+        embedded = embedder(repmatch.Curator(store), "rows")(factors.ids)
+    ways |= by_probability(embedded, labels, options.seed)
+    print(f"{options.file.name}: {len(wrong)} rows, {wrong.sum()} labels flipped, warm start {options.warm}")
+    for name, suspect in ways.items():
+        print(f"  {name:<48} average precision {average_precision(suspect, wrong):.3f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    main(given.path, given.rows, given.seed)
+    main()

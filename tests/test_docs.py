@@ -243,7 +243,7 @@ def test_the_readme_lists_every_command() -> None:
 def test_a_strategy_in_ten_lines_is_one(run: Run, toy_store: Path) -> None:
     (block,) = blocks("CONTRIBUTING.md", "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    exec(compile(block, "CONTRIBUTING.md", "exec"), {})
+    exec(compile(block, "CONTRIBUTING.md", "exec"), {"__name__": "contributing"})
     picked = run("--store", toy_store, "select", "toy", "-k", 3, "--strategy", "first", "--json").objects
     assert [row["id"] for row in picked] == ["toy-0", "toy-1", "toy-2"]
 

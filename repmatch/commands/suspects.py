@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from repmatch.completion import complete_dataset
 from repmatch.context import Context, examples, json_option, pass_context
 from repmatch.output import shorten
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many.")
 @json_option
 @pass_context
@@ -20,11 +21,10 @@ from repmatch.output import shorten
     """
 )
 def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> None:
-    """Find instances of DATASET whose gradients oppose all others': likely label errors and conflicts.
+    """Find likely label errors and conflicts in DATASET.
 
-    Agreement is the mean signed cosine of an instance's ΔW with those of all other instances; the worst come first,
-    each with the instance it conflicts with most. Factors from a cold start hardly see single labels: ingest with a
-    warm one.
+    Suspect is an instance with a high loss whose weight change opposes those of its nearest neighbours. Each comes with
+    the instance that opposes it most. Factors from a cold start hardly see single labels: ingest with --warm-start.
     """
     from repmatch.curator.suspects import suspects as find
 
@@ -35,18 +35,17 @@ def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> No
     output = context.output
     if not found.warm:
         output.warn("these factors come from a cold start, which hardly shows label errors; see ingest --warm-start.")
-    table = found.to_polars().iter_rows()
+    table = found.to_polars()
     if as_json:
-        for rank, name, agreed, conflict, cosine in table:
-            record = {"rank": rank, "id": name, "agreement": agreed, "conflict": conflict, "opposition": cosine}
+        for record in table.to_dicts():
             output.json(record)
         return
     shown = [
         (
-            *(rank, name, agreed, rows[name].label, shorten(rows[name].text, 44)),
+            *(rank, name, suspicion, loss, agreement, rows[name].label, shorten(rows[name].text, 44)),
             *(("", "") if conflict is None else (conflict, rows[conflict].label)),
         )
-        for rank, name, agreed, conflict, _ in table
+        for rank, name, suspicion, loss, agreement, conflict, _ in table.iter_rows()
     ]
-    output.table(["rank", "id", "agreement", "label", "text", "conflicts with", "its label"], shown)
-    output.line(f"the dataset's mean agreement is {found.mean:.4f}")
+    header = ["rank", "id", "suspicion", "loss", "agreement", "label", "text", "conflicts with", "its label"]
+    output.table(header, shown)
