@@ -2,8 +2,8 @@
 
     python benchmarks/bench_label_errors.py rows.jsonl --rows 2000 --warm 640
 
-Average precision: the mean, over the flipped instances, of the share of flipped ones among those ranked no lower; 0.1 is
-guessing.
+Average precision: the mean, over the flipped instances, of the share of flipped ones among those ranked no lower; 0.1
+is guessing.
 """
 
 from __future__ import annotations
