@@ -281,20 +281,3 @@ def test_the_largest_kernels_are_selected_from_in_parts(monkeypatch: pytest.Monk
 def test_k_medoids_of_a_represented_set() -> None:
     cross = DenseKernel(KERNEL[:40], rectangular=True)
     assert k_medoids(cross, 5).value >= facility_location(cross, 5).value - 1e-9
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_array_whose_entries_are_listed_gives_the_same_picks(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    kernel = squared_cosines(N, dtype=dtype)
-    expected, gains = facility_greedy(kernel, 70)
-    for first, share in ((1, 1.0), (5, 0.2), (20, 0.05)):
-        monkeypatch.setattr("repmatch.selectors.facility.FIRST_THINNING", first)
-        monkeypatch.setattr("repmatch.selectors.facility.THIN", share)
-        found = facility_location(kernel, 70, algorithm="incremental")
-        assert found.indices.tolist() == expected
-        assert found.gains == pytest.approx(gains, rel=1e-12, abs=1e-12)
-    uneven = np.random.default_rng(0).random((90, 120)).astype(dtype)
-    monkeypatch.setattr("repmatch.selectors.facility.FIRST_THINNING", 2)
-    monkeypatch.setattr("repmatch.selectors.facility.THIN", 1.0)
-    found = facility_location(DenseKernel(uneven, rectangular=True), 30)
-    assert found.indices.tolist() == facility_greedy(uneven, 30)[0]

@@ -21,7 +21,7 @@ from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.greedy import Progress, Searched, State, solve
 from repmatch.selectors.kernels import DEFAULT_LIMIT, FactorKernel, Floats, Kernel, as_kernel
 from repmatch.selectors.objectives import Coverage
-from repmatch.selectors.pruning import ENTRY, Listed, above, expected_entries, listed_above
+from repmatch.selectors.pruning import ENTRY, above, expected_entries
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.sparse import SparseKernel, enough_neighbours
 
@@ -30,8 +30,6 @@ BATCH = 256  # columns that the lazy algorithm computes at a time
 BATCH_BYTES = 256 << 20
 KEPT = 16  # leading columns kept until the pick is made
 FIRST_LOOK = 8  # picks before a pruned pass is thought of, and between two such thoughts
-FIRST_THINNING = 20  # picks before an array's entries that still matter are listed
-THIN = 0.05  # the share of entries that is worth it, in a tenth of the array's memory
 NO_PRICES = np.empty(0)
 MOST_PAIRS = 5e9  # pairs of one pass that an exact algorithm is chosen for
 
@@ -183,8 +181,6 @@ class _Incremental(_Cover):
         self.exact = np.zeros(self.gains.size, np.bool_)
         self.scale = float(self.gains.max(initial=0.0))
         self.steps = self.cover.size
-        self.kept: Listed | None = None
-        self.picks, self.next_look = 0, FIRST_THINNING
 
     def best(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64] | None = None) -> tuple[int, float]:
         # The running gains drift by rounding, at most this much; whoever comes that close to the top is summed afresh.
@@ -213,17 +209,9 @@ class _Incremental(_Cover):
         self.lower(raised, old, self.cover[raised])
         self.exact &= self.gains == before
         self.steps += len(raised) + 1
-        self.picks += 1
-        if self.kept is None and self.picks >= self.next_look:
-            self.next_look = 2 * self.picks
-            if expected_entries(self.kernel, self.cover) <= THIN * self.whole.size:
-                self.kept = listed_above(self.whole, self.cover)
 
     def lower(self, raised: NDArray[np.int64], old: NDArray[np.float64], new: NDArray[np.float64]) -> None:
         """Take from all gains what the raised rows no longer give."""
-        if self.kept is not None:  # what did not exceed a row's cover when they were listed has no more to give
-            self.loops.lower_sparse(*self.kept, raised, old, new, self.gains)
-            return
         in_chunks(
             lambda lo, hi: self.loops.lower_gains(self.whole, raised, old, new, lo, hi, self.gains),
             self.gains.size,

@@ -55,7 +55,7 @@ def above(kernel: Kernel, floor: NDArray[np.float64]) -> SparseKernel:
         for start in range(first, n, COLUMNS):
             stop = min(n, start + COLUMNS)
             block = np.ascontiguousarray(part.columns(np.arange(start, stop)))
-            waiting[b].append(listed_above(block, floor[lo:hi], start))
+            waiting[b].append(_by_row(block, floor[lo:hi], start))
             if kernel.symmetric:
                 for other in range(max(start, hi), stop, ROWS):
                     end = min(stop, other + ROWS)
@@ -67,17 +67,7 @@ def above(kernel: Kernel, floor: NDArray[np.float64]) -> SparseKernel:
     return _concatenate(done, n, kernel.resolution)
 
 
-def listed_above(block: Floats, floor: NDArray[np.float64], first: int = 0) -> Listed:
-    """List the entries of an array that exceed their row's floor.
-
-    Args:
-        block: (rows, c) floats.
-        floor: (rows,) float64.
-        first: the candidate of the first column.
-
-    Returns:
-        (rows + 1,) where each row's entries start, their candidates and their values.
-    """
+def _by_row(block: Floats, floor: NDArray[np.float64], first: int) -> Listed:
     from repmatch.selectors import _loops
 
     counts = np.zeros(len(block), np.int64)
