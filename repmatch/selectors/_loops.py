@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from repmatch.compiled import compiled, compiled_exactly
 
+STRIDE = 64  # entries of which few are wanted that are looked at together
 TILE = 2048  # columns whose running sums stay in the processor's first cache
 
 
@@ -39,14 +40,16 @@ def lower_gains(
     """Take from the gains of columns lo..hi what the raised rows no longer give: min(max(K, old), new) − old."""
     for first in range(lo, hi, TILE):
         width = min(TILE, hi - first)
-        lost = np.zeros(width, np.float64)
+        reached = np.zeros(width, np.float64)
+        covered = 0.0
         for r in range(raised.shape[0]):
             line = kernel[raised[r], first : first + width]
-            a, b = old[r], new[r]
+            a, b = kernel.dtype.type(old[r]), kernel.dtype.type(new[r])  # exact: both are entries, or 0
+            covered += old[r]
             for j in range(width):
-                lost[j] += min(max(np.float64(line[j]), a), b) - a
+                reached[j] += np.float64(min(max(line[j], a), b))
         for j in range(width):
-            gains[first + j] -= lost[j]
+            gains[first + j] -= reached[j] - covered
 
 
 @compiled
@@ -152,11 +155,18 @@ def take_above(
     """List, for rows lo..hi of a block whose columns start at `first`, the entries above the row's floor."""
     for i in range(lo, hi):
         line, least, p = block[i], floor[i], starts[i]
-        for j in range(line.shape[0]):
-            if np.float64(line[j]) > least:
-                neighbours[p] = first + j
-                values[p] = line[j]
-                p += 1
+        for start in range(0, line.shape[0], STRIDE):
+            piece = line[start : start + STRIDE]
+            found = 0
+            for j in range(piece.shape[0]):
+                found += np.float64(piece[j]) > least
+            if found == 0:
+                continue
+            for j in range(piece.shape[0]):
+                if np.float64(piece[j]) > least:
+                    neighbours[p] = first + start + j
+                    values[p] = piece[j]
+                    p += 1
 
 
 @compiled
@@ -267,3 +277,32 @@ def root_gains(
         for f in range(total.shape[0]):
             after += weights[f] * np.sqrt(total[f] + line[f])
         out[c] = after - before
+
+
+@compiled_exactly
+def largest(gains: NDArray[np.float64], prices: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:
+    """Return the largest gain per price of what is allowed; without prices (length 0) the largest gain."""
+    top = -np.inf
+    priced = prices.shape[0] > 0
+    for j in range(gains.shape[0]):
+        if allowed[j]:
+            rate = gains[j] / prices[j] if priced else gains[j]
+            top = max(top, rate)
+    return top
+
+
+@compiled_exactly
+def leading(
+    gains: NDArray[np.float64], prices: NDArray[np.float64], allowed: NDArray[np.bool_], drift: float, top: float
+) -> NDArray[np.int64]:
+    """Return the positions of what is allowed and may, within a drift of the gains, reach the top gain per price."""
+    priced = prices.shape[0] > 0
+    found = np.empty(gains.shape[0], np.int64)
+    count = 0
+    for j in range(gains.shape[0]):
+        if allowed[j]:
+            rate = (gains[j] + drift) / prices[j] if priced else gains[j] + drift
+            if rate >= top:
+                found[count] = j
+                count += 1
+    return found[:count].copy()

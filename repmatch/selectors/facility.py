@@ -30,6 +30,7 @@ BATCH = 256  # columns that the lazy algorithm computes at a time
 BATCH_BYTES = 256 << 20
 KEPT = 16  # leading columns kept until the pick is made
 FIRST_LOOK = 8  # picks before a pruned pass is thought of, and between two such thoughts
+NO_PRICES = np.empty(0)
 MOST_PAIRS = 5e9  # pairs of one pass that an exact algorithm is chosen for
 
 
@@ -184,12 +185,13 @@ class _Incremental(_Cover):
     def best(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64] | None = None) -> tuple[int, float]:
         # The running gains drift by rounding, at most this much; whoever comes that close to the top is summed afresh.
         drift = 4.0 * np.finfo(np.float64).eps * self.steps * self.scale
-        drift += self.kernel.resolution * max(0.0, float(self.gains[allowed].max()))
-        candidates = np.flatnonzero(allowed)
-        price = np.ones(len(candidates)) if costs is None else costs[candidates]
-        rates = self.gains[candidates] / price
-        leading = rates >= rates.max() - drift / price.min()
-        leaders, price = candidates[leading], price[leading]
+        prices = NO_PRICES if costs is None else costs
+        top = self.loops.largest(self.gains, prices, allowed)
+        if self.kernel.resolution:
+            drift += self.kernel.resolution * max(0.0, self.loops.largest(self.gains, NO_PRICES, allowed))
+        least = 1.0 if costs is None else float(costs[allowed].min())
+        leaders = self.loops.leading(self.gains, prices, allowed, drift, top - drift / least)
+        price = np.ones(len(leaders)) if costs is None else costs[leaders]
         for j in leaders[~self.exact[leaders]]:
             self.gains[j] = self.gain(int(j))
             self.exact[j] = True
