@@ -321,6 +321,8 @@ LIGHT = [
     ("--version",),
     ("info",),
     ("nearest", "toy", "toy-1"),
+    ("inspect", "toy", "toy-1"),
+    ("sql", "SELECT count(*) FROM instances"),
     ("export", "toy"),
     ("select", "toy", "-k", "3", "--strategy", "random"),
 ]
