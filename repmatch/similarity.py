@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import BLOCK_BYTES, dense_block, row_blocks, same_space, second_moment, take
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors, Layout
 from repmatch.errors import UsageError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
+_CAST_ROWS = 1024  # rows of one matrix that are float32 at a time in `mean_scores`
 Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
 
 
@@ -438,16 +440,24 @@ def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> 
         for row in range(len(queries)):
             out[row] = against(take(queries, slice(row, row + 1)), factors, signed=signed).mean(axis=1)
         return out
-    for m in range(len(layout.dims)):
-        directions = dense_block(queries, m, 0, len(queries))[:, :, 0]
-        if signed:
-            lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-            directions = (directions / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
-        for lo, hi in row_blocks(factors, m):
-            overlap = directions @ dense_block(factors, m, lo, hi)[:, :, 0].T
-            if not signed:
-                np.square(overlap, out=overlap)
-            out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
+    directions = [dense_block(queries, m, 0, len(queries))[:, :, 0] for m in range(len(layout.dims))]
+    if signed:
+        lengths = [np.linalg.norm(block, axis=1, keepdims=True).astype(np.float32) for block in directions]
+        directions = [
+            np.asarray(b / np.where(n > 0, n, np.float32(1.0)), np.float32)
+            for b, n in zip(directions, lengths, strict=True)
+        ]
+
+    def rows(start: int, stop: int) -> None:  # a thread's rows, for casting float16 takes longer than the products
+        for lo in range(start, stop, _CAST_ROWS):
+            hi = min(stop, lo + _CAST_ROWS)
+            for m, block in enumerate(directions):
+                overlap = block @ dense_block(factors, m, lo, hi)[:, :, 0].T
+                if not signed:
+                    np.square(overlap, out=overlap)
+                out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
+
+    in_chunks(rows, len(factors), least=_CAST_ROWS)
     out /= np.float32(len(layout.dims))
     return out
 
