@@ -20,6 +20,7 @@ from repmatch.errors import UsageError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 _CAST_ROWS = 1024  # rows of one matrix that are float32 at a time in `mean_scores`
+_FEW = 4  # queries that are not worth BLAS
 Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
 
 
@@ -448,17 +449,31 @@ def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> 
             for b, n in zip(directions, lengths, strict=True)
         ]
 
-    def rows(start: int, stop: int) -> None:  # a thread's rows, for casting float16 takes longer than the products
+    def rows(start: int, stop: int, few: bool) -> None:
         for lo in range(start, stop, _CAST_ROWS):
             hi = min(stop, lo + _CAST_ROWS)
             for m, block in enumerate(directions):
-                overlap = block @ dense_block(factors, m, lo, hi)[:, :, 0].T
+                overlap = _products(block, dense_block(factors, m, lo, hi)[:, :, 0], few)
                 if not signed:
                     np.square(overlap, out=overlap)
                 out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
 
-    in_chunks(rows, len(factors), least=_CAST_ROWS)
+    if len(queries) <= _FEW:  # casting takes longer than the products: a thread for each range of rows
+        in_chunks(lambda start, stop: rows(start, stop, True), len(factors), least=_CAST_ROWS)
+    else:
+        rows(0, len(factors), False)
     out /= np.float32(len(layout.dims))
+    return out
+
+
+def _products(queries: NDArray[np.float32], rows: NDArray[np.float32], few: bool) -> NDArray[np.float32]:
+    if not few:
+        return queries @ rows.T
+    from repmatch.products import row_products
+
+    out = np.empty((len(queries), len(rows)), np.float32)
+    for query, line in zip(queries, out, strict=True):
+        row_products(rows, np.ascontiguousarray(query), line)
     return out
 
 
