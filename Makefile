@@ -44,7 +44,7 @@ wheel: $(STAMP) ## Build the wheel and try it in an empty environment
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py
 
-bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 12 GB of disk; PEERS=python with faiss)
+bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 8 GB of disk; PEERS=python with faiss)
 	$(BIN)/python benchmarks/bench_store.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## Remove what the other targets made

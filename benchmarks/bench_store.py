@@ -211,7 +211,7 @@ def render(results: dict[str, dict[str, Any]]) -> None:
                 text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if value < 0.1 else f"{value:,.2f}"
             else:
                 text = f"{value:,}" if isinstance(value, int) else str(value)
-            print(f"  {name:<62}{text:>16}")
+            print(f"  {name:<76}{text:>16}")
 
 
 def alone(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
