@@ -71,7 +71,7 @@ bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib
 	$(BIN)/python benchmarks/bench_select.py --peers $(SELECT_PEERS)/bin/python
 	$(BIN)/python benchmarks/bench_select.py --codes 20000 50000 100000 --k 1000 --save build/select_codes.jsonl
 
-bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 12 GB of disk; PEERS=python with faiss)
+bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 8 GB of disk; PEERS=python with faiss)
 	$(BIN)/python benchmarks/bench_store.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## Remove what the other targets made

@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import BLOCK_BYTES, dense_block, row_blocks, same_space, second_moment, take
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors, Layout
 from repmatch.errors import UsageError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
+_CAST_ROWS = 1024  # rows of one matrix that are float32 at a time in `mean_scores`
+_FEW = 4  # queries that are not worth BLAS
 Blocks: TypeAlias = Sequence[Floats]  # one (d, r) array a matrix
 
 
@@ -438,17 +441,39 @@ def mean_scores(queries: Factors, factors: Factors, *, signed: bool = False) -> 
         for row in range(len(queries)):
             out[row] = against(take(queries, slice(row, row + 1)), factors, signed=signed).mean(axis=1)
         return out
-    for m in range(len(layout.dims)):
-        directions = dense_block(queries, m, 0, len(queries))[:, :, 0]
-        if signed:
-            lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-            directions = (directions / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
-        for lo, hi in row_blocks(factors, m):
-            overlap = directions @ dense_block(factors, m, lo, hi)[:, :, 0].T
-            if not signed:
-                np.square(overlap, out=overlap)
-            out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
+    directions = [dense_block(queries, m, 0, len(queries))[:, :, 0] for m in range(len(layout.dims))]
+    if signed:
+        lengths = [np.linalg.norm(block, axis=1, keepdims=True).astype(np.float32) for block in directions]
+        directions = [
+            np.asarray(b / np.where(n > 0, n, np.float32(1.0)), np.float32)
+            for b, n in zip(directions, lengths, strict=True)
+        ]
+
+    def rows(start: int, stop: int, few: bool) -> None:
+        for lo in range(start, stop, _CAST_ROWS):
+            hi = min(stop, lo + _CAST_ROWS)
+            for m, block in enumerate(directions):
+                overlap = _products(block, dense_block(factors, m, lo, hi)[:, :, 0], few)
+                if not signed:
+                    np.square(overlap, out=overlap)
+                out[:, lo:hi] += np.clip(overlap, -1.0, 1.0, out=overlap)
+
+    if len(queries) <= _FEW:  # casting takes longer than the products: a thread for each range of rows
+        in_chunks(lambda start, stop: rows(start, stop, True), len(factors), least=_CAST_ROWS)
+    else:
+        rows(0, len(factors), False)
     out /= np.float32(len(layout.dims))
+    return out
+
+
+def _products(queries: NDArray[np.float32], rows: NDArray[np.float32], few: bool) -> NDArray[np.float32]:
+    if not few:
+        return queries @ rows.T
+    from repmatch.products import row_products
+
+    out = np.empty((len(queries), len(rows)), np.float32)
+    for query, line in zip(queries, out, strict=True):
+        row_products(rows, np.ascontiguousarray(query), line)
     return out
 
 

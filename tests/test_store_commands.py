@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from conftest import Run
@@ -109,3 +110,24 @@ def test_a_lost_catalog_says_how_to_get_it_back(run: Run, toy_store: Path) -> No
     assert "repmatch repair" in result.err
     assert run("--store", toy_store, "repair").code == 0
     assert len(run("--store", toy_store, "nearest", "toy", "toy-1", "-k", 4, "--json").objects) == 4
+
+
+def test_the_documentation_of_the_store_is_true(toy_store: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for old, new in (
+        ('"repmatch-store"', repr(str(toy_store))),
+        ('"docs', '"toy'),
+        ("id-", "toy-"),
+        ("'files'", "'yes'"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "docs/store.md", "exec"), {})
+    views = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, flags=re.MULTILINE))
+    with repmatch.open(toy_store, mode="r") as store:
+        found = store.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal")["view_name"].to_list()
+        assert sorted(views) == sorted(found)
+        for name, listed in views.items():
+            columns = [re.sub(r"[(:].*", "", word).strip() for word in re.sub(r"\(.*?\)", "", listed).split(", ")]
+            assert [c.split(":")[0] for c in columns] == store.sql(f"SELECT * FROM {name} LIMIT 0").columns, name

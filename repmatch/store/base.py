@@ -17,6 +17,8 @@ from repmatch.store.recovery import recover
 if TYPE_CHECKING:
     import polars as pl
 
+    from repmatch.datamodels import Space
+
 Mode = Literal["r", "w"]
 _OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal")
 SEGMENT_BYTES = 256 << 20
@@ -47,6 +49,7 @@ class Base:
         self._depth = 0
         self._mutex = threading.RLock()
         self._closed = False
+        self._spaces: dict[str, Space] = {}
         if mode is not None or not self._catalog_is_lost():  # a lost catalog can be rebuilt by `repair`
             self._check_folder()
         if mode == "r" and not self._catalog.exists():

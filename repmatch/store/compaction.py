@@ -105,7 +105,7 @@ class Compaction(Health):
             step = max(1, min(MOVE_ROWS, MOVE_BYTES // row_bytes))
             for lo in range(0, len(keys), step):
                 part = keys[lo : lo + step]
-                self._append_raw(dataset, space, encoding, self._raw(part, numbers, space, encoding))
+                self._append_raw(dataset.name, space, encoding, self._raw(part, numbers, space, encoding))
                 moved += len(part)
         return moved
 

@@ -131,7 +131,7 @@ class FactorTables(Instances):
             return
         check_unique(batch.rows)
         with self.writing(), ThreadPoolExecutor(1) as pool:
-            space = self.space(space_id)
+            space = self._known_space(space_id)
             values = pool.submit(RowFormat(space.layout, encoding).encode, batch)
             table = rows_table(batch.rows)  # raises for what cannot be stored before anything is written
             raw = RawBatch(
@@ -141,14 +141,20 @@ class FactorTables(Instances):
                 tokens=tuple(batch.tokens.tolist()),
                 truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
             )
-            self._append_raw(self.dataset(dataset_name), space, encoding, raw, table)
+            self._append_raw(dataset_name, space, encoding, raw, table)
 
-    def _append_raw(self, dataset: Dataset, space: Space, encoding: Encoding, raw: RawBatch, table: Any = None) -> None:
+    def _known_space(self, space_id: str) -> Space:
+        """Return a space, which never changes, without asking the catalog twice."""
+        if space_id not in self._spaces:
+            self._spaces[space_id] = self.space(space_id)
+        return self._spaces[space_id]
+
+    def _append_raw(self, dataset: str, space: Space, encoding: Encoding, raw: RawBatch, table: Any = None) -> None:
         """Append encoded rows by the write protocol; nothing or all of it is there afterwards."""
         number = 0
         try:
             with self._transaction() as conn:
-                number = self._write_batch(conn, (dataset, space, encoding), raw, table)
+                number = self._write_batch(conn, (self.dataset(dataset), space, encoding), raw, table)
         except BaseException as error:
             if not self._settled(number) or not isinstance(error, StoreError):
                 raise

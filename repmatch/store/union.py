@@ -54,7 +54,7 @@ class Union(Repair):
                     part = keys[lo : lo + MOVE_ROWS]
                     new = part[[name not in here for name in other._ids_of(part)]]
                     if len(new):
-                        self._append_raw(dataset, space, encoding, other._raw(new, numbers, space, encoding))
+                        self._append_raw(dataset.name, space, encoding, other._raw(new, numbers, space, encoding))
                         taken += len(new)
             for adapter_id in other.adapters()["id"]:
                 adapter = other.adapter(adapter_id)
