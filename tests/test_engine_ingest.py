@@ -229,6 +229,26 @@ def test_a_module_of_ones_own_goes_in(tmp_path: Path) -> None:
             repmatch.Curator(store).nearest("r", text="good", label="yes")
 
 
+def test_a_plan_counts_what_an_ingest_then_does(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*toy_rows(200), {"id": "bad", "text": "", "label": "no"}])
+    given = ("--model", tiny_model, "--max-length", 12)
+    (found,) = run("--store", tmp_path / "none", "plan", file, *given, "--json").objects
+    assert (found["rows"], found["bad"], found["matrices"], found["tried"]) == (200, 1, 4, 200)
+    assert not (tmp_path / "none").exists()
+    result = run("--store", tmp_path / "s", "ingest", file, "--dataset", "d", *given, "--json")
+    assert result.objects[0]["new"] == 200
+    with repmatch.open(tmp_path / "s", mode="r") as store:
+        tokens = store.sql("SELECT avg(tokens) AS tokens, avg(truncated::INT) AS cut FROM instances")
+        size = store.info()["bytes"]["total"]
+    assert found["tokens_per_row"] == pytest.approx(tokens["tokens"][0], abs=0.01)
+    assert found["truncated"] == pytest.approx(tokens["cut"][0], abs=1e-3)
+    assert found["store_bytes"] == pytest.approx(size, rel=0.3)
+    assert float(str(found["instances_per_second"])) > 1
+    assert "cannot be used" in run("plan", file, *given).out
+    empty = write_rows(tmp_path / "empty.jsonl", [{"id": "bad", "text": "", "label": "no"}])
+    assert "no row can be used (1 are bad)" in run("plan", empty, *given).err
+
+
 def test_sign_codes_say_what_they_cost(run: Run, tmp_path: Path, tiny_model: Path, toy_file: Path) -> None:
     given = ("ingest", toy_file, "--dataset", "d", "--model", tiny_model, "--encoding", "sign")
     result = run("--store", tmp_path / "s", *given)
