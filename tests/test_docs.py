@@ -22,6 +22,7 @@ GUIDES = (
         "index",
         "scores",
         "coresets",
+        "evaluation",
         "label-errors",
         "adapters",
         "report",
@@ -53,6 +54,9 @@ def docs_rows() -> list[dict[str, Any]]:
 @pytest.fixture
 def docs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docs_rows: list[dict[str, Any]]) -> Path:
     write_jsonl(tmp_path / "docs.jsonl", docs_rows)
+    known, labels = {row["id"] for row in docs_rows}, {row["label"] for row in docs_rows}
+    fresh = [row for row in gather(limit=600) if row["id"] not in known and row["label"] in labels]
+    write_jsonl(tmp_path / "held-out.jsonl", fresh[:24])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -74,7 +78,7 @@ def fenced(document: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-SLOW = ("index", "scores", "coresets", "adapters", "report")  # they train, or draw a map
+SLOW = ("index", "scores", "coresets", "evaluation", "label-errors", "adapters", "report", "scale")  # they train, or draw a map
 
 
 @pytest.mark.parametrize("guide", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GUIDES])
