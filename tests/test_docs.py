@@ -78,7 +78,16 @@ def fenced(document: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-SLOW = ("index", "scores", "coresets", "evaluation", "label-errors", "adapters", "report", "scale")  # they train, or draw a map
+SLOW = (
+    "index",
+    "scores",
+    "coresets",
+    "evaluation",
+    "label-errors",
+    "adapters",
+    "report",
+    "scale",
+)  # they train, or draw a map
 
 
 @pytest.mark.parametrize("guide", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GUIDES])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,11 @@ def test_a_card_says_how_the_rows_were_chosen(run: Run, toy_store: Path, tmp_pat
     assert about["configs"][0]["data_files"] == "core.jsonl"
     assert about["size_categories"] == ["n<1K"]
     assert "6 of the 60 instances of toy" in card
-    assert "$ repmatch select toy -k 6 --strategy facility-location --balance group --seed 0 --name core" in card
+    (command,) = [line[2:] for line in card.splitlines() if line.startswith("$ repmatch select ")]
+    chosen = json.loads(target.with_name("core.jsonl.manifest.json").read_text())["selection"]
+    assert command == chosen["command"]
+    again = run("--store", toy_store, *shlex.split(command)[1:], "--replace", "--json")
+    assert [row["id"] for row in again.objects] == [json.loads(line)["id"] for line in target.read_text().splitlines()]
     labels = [json.loads(line)["label"] for line in target.read_text().splitlines()]
     assert f"| no | {labels.count('no')} | 30 |" in card
     assert run(*asked).code == 0  # its own card may be replaced

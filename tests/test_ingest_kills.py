@@ -27,7 +27,7 @@ def ingest(store: str, file: str, model: str) -> None:
     """Ingest in small windows, so that there are many commits to be killed between."""
     import torch
 
-    from repmatch.curator import ingest as module
+    from repmatch.curator import windows as module
 
     torch.set_num_threads(1)
     module._WINDOW_ROWS = (WINDOW, WINDOW)

@@ -421,6 +421,8 @@ def test_selector() -> None:
 def test_every_registered_strategy_solves_a_problem() -> None:
     scores = np.arange(12.0)
     for name, entry in strategies().items():
+        if not (entry.solve.__module__ or "").startswith("repmatch."):
+            continue  # registered by the documentation's examples
         own = {
             "mixture": {"mix": {"facility-location": 1.0, "top": 0.5}},
             "thin": {"constraints": Constraints(apart=0.9)},
