@@ -1,6 +1,6 @@
 """How well label errors are found: flip a tenth of a file's labels and look for them; see README.md beside this file.
 
-    python benchmarks/bench_label_errors.py rows.jsonl --rows 2000 --warm 640
+    python benchmarks/bench_label_errors.py rows.jsonl --rows 2000
 
 Average precision: the mean, over the flipped instances, of the share of flipped ones among those ranked no lower; 0.1
 is guessing.
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help='JSON lines with "text" and "label", whose labels are to be trusted')
     parser.add_argument("--rows", type=int, default=2000, help="drawn at random (default 2000)")
     parser.add_argument("--share", type=float, default=0.1, help="of labels that are flipped (default 0.1)")
-    parser.add_argument("--warm", default="640", help="rows of the warm start, or none (default 640)")
+    parser.add_argument("--warm", default="2000", help="rows of the warm start, or none (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -35,7 +35,7 @@ ALPHA = 16.0
 RATE = 3e-3
 PASSES = 5
 BATCH = 16
-STEPS = (10, 500)
+STEPS = (10, 200)
 # Tasks whose head is drawn at random, so that it has to be trained before its gradients mean much.
 _HEADED = frozenset(["sequence-classification", "text-regression", "image-classification"])
 
