@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from conftest import Run, toy_rows, write_rows
+from tiny_more import causal_checkpoint
 
 import repmatch
 from repmatch.cli import cli
@@ -43,10 +44,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     (folder / "pairs.csv").write_text("premise,hypothesis,label\n" + "a film,good film,yes\na plot,bad actor,no\n")
     (folder / "release").mkdir()
     (folder / "path" / "to").mkdir(parents=True)
+    held = [{"id": f"h{i}", "text": f"quiet {i} plot", "label": ("negative", "positive")[i % 2]} for i in range(12)]
+    write_rows(folder / "held-out.jsonl", held)
+    chats = [{"id": f"c{i}", "prompt": "the film was", "completion": ("good", "bad", "dull")[i % 3]} for i in range(9)]
+    write_rows(folder / "chats.jsonl", chats)
+    causal_checkpoint(folder / "my-llama", "llama")
     with repmatch.open(folder / "repmatch-store") as store:
         curator = repmatch.Curator(store, str(tiny_model))
         for name in ("reviews", "tweets"):
             curator.ingest(folder / f"{name}.jsonl", name)
+        for name in ("pool", "dev", "labelled", "questions", "nli", "cold"):
+            rows = toy_rows(210 if name == "pool" else 30)
+            for row in rows:
+                row |= {"heuristic": row["group"], "id": f"{name}-{row['id']}" if name != "cold" else row["id"]}
+            write_rows(folder / f"{name}.jsonl", rows)
+            curator.ingest(folder / ("reviews.jsonl" if name == "cold" else f"{name}.jsonl"), name)
+        repmatch.Curator(store, str(tiny_model), rank=4).ingest(folder / "reviews.jsonl", "reviews-rank-4")
         curator.select("reviews", 5, name="core")
         curator.score("reviews")
         curator.export_adapter("reviews", folder / "path/to/lora")
@@ -76,6 +89,8 @@ def test_every_example_of_a_help_runs(
         assert words[0] == "repmatch", line
         if "--name" in words and "select" in words:
             words.append("--replace")
+        if "delete" in words:
+            words.append("--coresets")  # picks of the examples before
         result = run(*words[1:])
         assert result.code == 0, (line, result.err)
     assert seen >= {f"repmatch {name}" for name in cli.commands if name != "demo"}

@@ -232,15 +232,24 @@ def _notes(held: Held, candidates: Sequence[Candidate], pool: Pool, options: Eva
         notes.append(f"{len(held.bad)} test rows could not be used: {first.source}:{first.line}: {first.reason}")
     if len(pool.ids) > MOST_EMBEDDED and "embeddings" not in options.candidates:
         notes.append(f"the embeddings baseline was left out: {len(pool.ids)} rows are more than {MOST_EMBEDDED}")
+    left = [str(size) for size in options.sizes if size not in _fitting(options, len(pool.ids))]
+    if left:
+        notes.append(f"the dataset has {len(pool.ids)} rows; left out: sizes {', '.join(left)}")
     if options.seeds < 3:
         notes.append(f"{options.seeds} seeds say next to nothing about the spread; --seeds 5 gives intervals")
     return notes
 
 
+def _fitting(options: EvaluateOptions, n: int) -> list[int | str]:
+    """Return the sizes that the dataset has rows for; all of them, to be refused, where it has rows for none."""
+    found = [size for size in options.sizes if not str(size).strip().isdecimal() or int(size) <= n]
+    return found or list(options.sizes)
+
+
 def _trials(pool: Pool, candidates: Sequence[Candidate], options: EvaluateOptions) -> Iterator[Trial]:
     """Yield every training that the curves need, selections made."""
     n = len(pool.ids)
-    sizes = sorted({picks_of(size, n) for size in options.sizes})
+    sizes = sorted({picks_of(size, n) for size in _fitting(options, n)})
     own = [c for c in candidates if c.coreset]
     extra = sorted({len(pool.choose(c, 0, 0)) for c in own} - set(sizes))
     for candidate in candidates:
