@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 RANK = 8
 ALPHA = 16.0
 RATE = 3e-3
-# Rate times steps, at most: AdamW moves every weight by about its rate a step, and a start that has moved far knows its own
-# rows by heart, wrong labels among them.
+# Rate times steps, at most: AdamW moves every weight by about its rate a step, and a start that has moved far knows its
+# own rows by heart, wrong labels among them.
 DISTANCE = 0.2
 PASSES = 5
 BATCH = 16
