@@ -57,14 +57,16 @@ class Part:
 STAGES = {
     "core": (
         Part("", ("random", "full", "random+balance=label", "embeddings", "embeddings+balance=label"), ALL_SIZES),
-        Part("cold", (FL, "top", "top+balance=label"), ALL_SIZES),
-        Part("warm", (FL, f"{FL}+balance=label", f"{FL}+stratify=label", "joined"), ALL_SIZES),
+        Part("cold", (FL, f"{FL}+stratify=label", "top", "top+balance=label"), ALL_SIZES),
+        Part("cold", ("joined", "joined+stratify=label"), ALL_SIZES),
+        Part("warm", (FL, f"{FL}+balance=label", f"{FL}+stratify=label"), ALL_SIZES),
+        Part("warm", ("joined", "joined+stratify=label"), ALL_SIZES),
     ),
     "wide": (
         Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
         Part("", ("loss-high", "loss-middle", "loss-low"), TWO_SIZES),
         Part("warm", ("top", "top+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
-        Part("warm", (f"{FL}+matrices=*.value", "joined+stratify=label"), TWO_SIZES),
+        Part("warm", (f"{FL}+matrices=*.value",), TWO_SIZES),
         Part("warm 160", (FL, f"{FL}+stratify=label"), TWO_SIZES),
         Part("warm gradients", (FL,), TWO_SIZES),
         Part("cold", (f"{FL}+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),

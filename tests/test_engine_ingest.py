@@ -21,7 +21,9 @@ import repmatch
 from repmatch.curator import precision, windows
 from repmatch.curator.engine import BatchFactors
 from repmatch.curator.overlap import ahead, behind
+from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import OwnModel
+from repmatch.curator.workbench import Workbench
 from repmatch.errors import ModelError
 
 
@@ -138,6 +140,37 @@ def test_layers_and_steps_make_spaces_of_their_own(run: Run, tmp_path: Path, tin
     assert "names layer 7" in refused.err
 
 
+def test_a_start_of_its_own_choice(
+    run: Run, tmp_path: Path, toy_file: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repmatch.curator import warm
+
+    bench = Workbench.build(Settings(model=str(tiny_model), device="cpu"))
+    sizes = {n: warm.default_size(bench, n) for n in (999, 1000, 1500, 10**6)}
+    assert sizes == {999: None, 1000: 333, 1500: 500, 10**6: 640}
+    other = replace(bench, space=replace(bench.space, task="causal-lm"))
+    assert warm.default_size(other, 5000) is None
+    monkeypatch.setattr(warm, "AUTO_FROM", 40)
+    store = tmp_path / "store"
+    planned = run("plan", toy_file, "--model", tiny_model, "--warm-start", "auto", "--json").objects[0]
+    assert planned["start_rows"] == 20
+    assert float(str(planned["start_seconds"])) > 0
+    assert run("plan", toy_file, "--model", tiny_model, "--json").objects[0]["start_rows"] == 0
+    assert ingested(run, store, toy_file, "toy", "--model", tiny_model, "--warm-start", "auto")["new"] == 60
+    assert ingested(run, store, toy_file, "paper", "--model", tiny_model)["new"] == 60
+    assert ingested(run, store, toy_file, "toy")["unchanged"] == 60
+    assert ingested(run, store, toy_file, "toy", "--warm-start", "auto")["unchanged"] == 60
+    with repmatch.open(store) as held:
+        (start,) = held.adapters().to_dicts()
+        assert held.space(held.dataset("toy").space_id or "").warm_start == start["id"]
+        assert held.space(held.dataset("paper").space_id or "").warm_start is None
+        adapter = held.adapter(start["id"])
+        assert adapter is not None
+        assert adapter.recipe["instances"] == 20
+        assert adapter.recipe["learning_rate"] == warm.RATE
+    assert warm.steps_for(640) * min(warm.RATE, warm.DISTANCE / warm.steps_for(640)) == pytest.approx(warm.DISTANCE)
+
+
 def test_a_warm_start_is_stored_once_and_used_by_everything(
     run: Run, tmp_path: Path, tiny_model: Path, toy_file: Path
 ) -> None:
@@ -161,7 +194,12 @@ def test_a_warm_start_is_stored_once_and_used_by_everything(
     assert near.objects[0]["id"] == row["id"]
     assert float(str(near.objects[0]["score"])) == pytest.approx(1, abs=1e-3)
     assert run("--store", store, "score", "warm", "--epochs", 1).code == 0
-    assert "warm_start" in run("--store", store, "compare", "cold", "warm").err
+    both = run("--store", store, "compare", "cold", "warm", "--epochs", 1)
+    assert both.code == 0, both.err
+    assert "trained from the cold one" in both.err  # what a cold and a warm dataset have in common
+    alone = run("--store", store, "compare", "cold", "cold[stars > 1]", "--epochs", 1)
+    assert "trained from the cold one" not in alone.err
+    assert run("--store", store, "compare", "warm", "cold", "--epochs", 1, "--json").objects[0]["scores"][0][0] == 1.0  # type: ignore[index]
     assert "is another start" in run("--store", store, "ingest", more, "--dataset", "warm", "--warm-start", 30).err
     assert "is another start" in run("--store", store, "ingest", more, "--dataset", "cold", "--warm-start", 20).err
     three = [{**r, "label": ("a", "no", "yes")[i % 3]} for i, r in enumerate(toy_rows(12))]

@@ -66,6 +66,10 @@ def compare(context: Context, /, names: tuple[str, ...], as_json: bool, wait: fl
         return
     rows = [[name, *map(float, row)] for name, row in zip(found.names, found.scores, strict=True)]
     context.output.table(["", *found.names], rows)
+    if not found.own_start:
+        context.output.hint(
+            "these datasets have warm starts of their own; their adapters were trained from the cold one."
+        )
     context.output.line(f"unrelated directions would score {found.chance:.4f}")
 
 

@@ -104,17 +104,21 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     return Settings(**{**rest, "targets": _names(rest["targets"])}), options
 
 
+warm_start_option = click.option(
+    "--warm-start",
+    metavar="auto|N|N%|DATASET|none",
+    help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
+    "of the text, not only of the label. auto: a third of the rows, 640 at most, none below 1,000.  [default: the "
+    "dataset's own; none for a new one]",
+)
+
+
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--dataset", required=True, help="Name of the dataset to make or extend.")
 @space_options
 @encoding_option
-@click.option(
-    "--warm-start",
-    metavar="N|N%|DATASET|none",
-    help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
-    "of the text, not only of the label.  [default: the dataset's own; none for a new one]",
-)
+@warm_start_option
 @click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
 @wait_option
 @json_option
@@ -124,7 +128,7 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     repmatch ingest reviews.jsonl --dataset reviews
     repmatch ingest pairs.csv --dataset pairs --text-field premise --text-pair-field hypothesis
     cat more.jsonl | repmatch ingest - --dataset reviews
-    repmatch ingest reviews.jsonl --dataset warm --warm-start 160
+    repmatch ingest reviews.jsonl --dataset warm --warm-start auto
     repmatch ingest chats.jsonl --dataset chats --task causal-lm --model ./my-llama
     """
 )

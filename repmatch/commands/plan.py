@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from repmatch.commands.ingest import encoding_option, options_of, space_options
+from repmatch.commands.ingest import encoding_option, options_of, space_options, warm_start_option
 from repmatch.context import Context, examples, json_option, pass_context
 
 
@@ -14,6 +14,7 @@ from repmatch.context import Context, examples, json_option, pass_context
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @space_options
 @encoding_option
+@warm_start_option
 @json_option
 @pass_context
 @examples(
@@ -42,6 +43,8 @@ def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: An
     bad = f", {found.bad} cannot be used" if found.bad else ""
     output.line(f"{found.rows} rows of {found.tokens:.1f} tokens{bad}; {found.matrices} matrices")
     output.line(f"{found.per_second:.1f} instances a second on {found.device}, in {found.precision}")
+    if found.start_rows:
+        output.line(f"a warm start on {found.start_rows} rows first, about {human_time(found.start_seconds)}")
     output.line(f"about {human_time(found.seconds)} in all")
     output.line(
         f"about {found.store_bytes / 1e6:,.0f} MB in a new store, {found.factor_bytes:,} bytes of factors a row"

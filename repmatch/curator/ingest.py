@@ -314,14 +314,22 @@ def started(
         return bench
     from repmatch.curator import warm
 
-    count = warm.sample_size(str(asked), total)
+    if asked == "auto":
+        size = warm.default_size(bench, total)
+        if size is None:
+            logger.warning("%s starts cold: too few rows for a warm start, or no head drawn at random", record.name)
+            return bench
+        count: int | None = size
+    else:
+        count = warm.sample_size(str(asked), total)
+    asked = str(asked)
     if count is None:
-        adapter = _warm_of(store, str(asked))
+        adapter = _warm_of(store, asked)
     else:
         rows = warm.sample(stage.todo(), count, bench.space.seed)
         tick = partial(tell, "warm start")
         task = bench.task(record.labels, record.fields)
-        adapter = warm.train(bench, record.labels, rows, asked=str(asked), task=task, progress=tick)
+        adapter = warm.train(bench, record.labels, rows, asked=asked, task=task, progress=tick)
         store.save_space(bench.space)
         store.save_adapter(replace(adapter, subset=f"warm start of {record.name}"))
     return bench.from_warm(adapter)
@@ -339,7 +347,7 @@ def _warm_of(store: Store, name: str) -> Adapter:
 
 
 def _check_warm(store: Store, asked: str | None, known: Dataset, warm: Adapter | None) -> None:
-    if asked is None or asked == (warm.recipe["asked"] if warm else "none") or asked == known.name:
+    if asked in (None, "auto") or asked == (warm.recipe["asked"] if warm else "none") or asked == known.name:
         return
     if warm is not None and store.has_dataset(asked) and _warm_of(store, asked).id == warm.id:
         return

@@ -135,6 +135,19 @@ def like_output(layer: nn.Module, y: Tensor, output: Tensor) -> Tensor:
     return y.reshape(output.shape)
 
 
+def can_be_added_to(layer: Any) -> bool:
+    """Whether a matrix can be added to a layer's weight exactly: not where it is quantised.
+
+    Args:
+        layer: an adaptable layer.
+
+    Returns:
+        True or False.
+    """
+    kind = type(layer)
+    return bool(layer.weight.is_floating_point()) and (not kind.__name__.startswith("Linear") or kind is nn.Linear)
+
+
 def add_to_weight(layer: Any, delta: Tensor) -> None:
     """Add a matrix to a layer's weight, on this layer alone: a weight that another module shares stays as it was there.
 
@@ -146,7 +159,7 @@ def add_to_weight(layer: Any, delta: Tensor) -> None:
         ModelError: the layer is quantised; nothing can be added to it exactly.
     """
     weight = layer.weight
-    if not weight.is_floating_point() or (type(layer).__name__.startswith("Linear") and type(layer) is not nn.Linear):
+    if not can_be_added_to(layer):
         raise ModelError(
             f"a warm start cannot be merged into the quantised layer {type(layer).__name__}; expected a model in full "
             "precision. Leave --warm-start out, or use the model that is not quantised."

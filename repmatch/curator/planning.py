@@ -50,6 +50,8 @@ class Plan:
         tried: instances of the trial.
         device: where it would be computed.
         precision: what it would be computed in.
+        start_rows: instances that the start is trained on first; 0: none.
+        start_seconds: that takes.
     """
 
     rows: int
@@ -65,6 +67,8 @@ class Plan:
     tried: int
     device: str
     precision: str
+    start_rows: int
+    start_seconds: float
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields that `--json` prints."""
@@ -82,6 +86,8 @@ class Plan:
             "tried": self.tried,
             "device": self.device,
             "precision": self.precision,
+            "start_rows": self.start_rows,
+            "start_seconds": round(self.start_seconds, 1),
         }
 
 
@@ -113,7 +119,10 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
 
     bench = Workbench.build(settings, reader.fields.form)
     found = labels if reader.fields.form in CLASSED else ()
-    trial = _try(bench, bench.task(found, reader.fields), found, rows, tell)
+    task = bench.task(found, reader.fields)
+    trial = _try(bench, task, found, rows, tell)
+    start_rows = _start_size(bench, settings.warm_start, good)
+    starting = _start_seconds(bench, found, task, rows, start_rows)
     encoding: Encoding = options.encoding or "float16"
     row_bytes = RowFormat(bench.space.layout, encoding).row_bytes
     work = good / trial.per_second
@@ -125,14 +134,36 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
         matrices=len(bench.space.matrices),
         per_second=trial.per_second,
         # Everything but the trial (reading, loading) has been done once here, so its time is known.
-        seconds=work + trial.began - began,
+        seconds=work + starting + trial.began - began,
         store_bytes=_EMPTY_BYTES + good * (row_bytes + _CATALOG_BYTES) + size,
         factor_bytes=row_bytes,
         memory_bytes=peak_memory(),
         tried=trial.tried,
         device=bench.device,
         precision=trial.precision,
+        start_rows=start_rows or 0,
+        start_seconds=starting,
     )
+
+
+def _start_size(bench: Workbench, asked: str | None, total: int) -> int | None:
+    """Return on how many instances a start will be trained; None where none will."""
+    from repmatch.curator import warm
+
+    if asked == "auto":
+        return warm.default_size(bench, total)
+    return None if asked in (None, "none") else warm.sample_size(asked, total)
+
+
+def _start_seconds(bench: Workbench, labels: tuple[str, ...], task: Any, rows: list[Row], count: int | None) -> float:
+    """Time a few steps of a warm start, and return what all of them will take."""
+    if count is None:
+        return 0.0
+    from repmatch.curator import warm
+
+    ticks: list[float] = []
+    warm.train(bench, labels, rows[: 2 * warm.BATCH], task=task, progress=lambda *_: ticks.append(time.monotonic()))
+    return warm.steps_for(count) * (ticks[-1] - ticks[1]) / (len(ticks) - 2)
 
 
 def _sampled(reader: Any, seed: int, tell: Progress) -> tuple[list[Row], int, int, int, tuple[str, ...]]:

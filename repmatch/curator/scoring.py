@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,8 @@ class Comparison(Tabular):
         layers: matrix name -> (s, s) float64.
         chance: expectation for unrelated random directions.
         adapters: the subset adapters.
+        own_start: whether they start where the factors of their datasets do; else they start cold, because that is what
+            datasets with warm starts of their own have in common.
     """
 
     names: tuple[str, ...]
@@ -74,6 +76,7 @@ class Comparison(Tabular):
     layers: dict[str, NDArray[np.float64]]
     chance: float
     adapters: tuple[Adapter, ...]
+    own_start: bool = True
 
     @property
     def headline(self) -> str:
@@ -188,11 +191,8 @@ def compare(trainer: Trainer, names: Sequence[str]) -> Comparison | AdapterCompa
         raise UsageError(f"compare takes two or more names, not {len(names)}.")
     if any(is_foreign(trainer.store, name) for name in names):
         return compare_adapters([lora_of(trainer, name) for name in names])
-    spaces = [trainer.space_of(trainer.store.resolve(name).dataset) for name in names]
-    for name, space in zip(names, spaces, strict=True):
-        require_same_space(names[0], spaces[0], name, space)
-    space = spaces[0]
-    adapters = [trainer.adapter(name) for name in names]
+    space, own = shared_space(trainer, names)
+    adapters = [trainer.adapter(name, space=space) for name in names]
     blocks = [directions(adapter, space) for adapter in adapters]
     per_matrix = np.empty((len(space.matrices), len(names), len(names)))
     for i, one in enumerate(blocks):
@@ -204,7 +204,34 @@ def compare(trainer: Trainer, names: Sequence[str]) -> Comparison | AdapterCompa
         layers={m.name: per_matrix[k] for k, m in enumerate(space.matrices)},
         chance=chance(space.layout),
         adapters=tuple(adapters),
+        own_start=own,
     )
+
+
+def shared_space(trainer: Trainer, names: Sequence[str]) -> tuple[Space, bool]:
+    """Return a space in which several subsets can be compared.
+
+    Datasets that were each given a warm start of their own have the cold start in common; their adapters are then
+    trained from that.
+
+    Args:
+        trainer: knows the spaces.
+        names: datasets, subsets, coresets or DATASET[SQL]s.
+
+    Returns:
+        The space, and whether it is that of their factors.
+
+    Raises:
+        SpaceMismatchError: the spaces differ in more than the warm start.
+    """
+    spaces = [trainer.space_of(trainer.store.resolve(name).dataset) for name in names]
+    if len({space.id for space in spaces}) == 1:
+        return spaces[0], True
+    cold = [replace(space, warm_start=None) for space in spaces]
+    for name, space in zip(names, cold, strict=True):
+        require_same_space(names[0], cold[0], name, space)
+    trainer.store.save_space(cold[0])
+    return cold[0], False
 
 
 def require_same_space(name: str, space: Space, other_name: str, other: Space) -> None:

@@ -35,8 +35,9 @@ class Settings:
         optimizer: of the instance step: "adamw" (default), "adam" or "sgd".
         learning_rate: of the instance step; default 1e-3 (sgd: 0.1).
         steps: of the instance step; default 1, which has a closed form.
-        warm_start: train the start first: on this many random instances ("160"), on this share of them ("5%"), or as a
-            dataset of the store did (its name); "none": from the base model as it is, which is the default.
+        warm_start: train the start first: on this many random instances ("640"), on this share of them ("5%"), on a
+            third of them and 640 at most ("auto"; cold below 1,000 instances and for tasks without a head drawn at
+            random), or as a dataset of the store did (its name); "none": from the base model as it is, the default.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_tokens: padded tokens a batch may hold; None: the measured default of the device.
     """

@@ -71,7 +71,7 @@ class Trainer:
             )
         return self.store.space(space_id)
 
-    def adapter(self, name: str, *, where: str | None = None) -> Adapter:
+    def adapter(self, name: str, *, where: str | None = None, space: Space | None = None) -> Adapter:
         """Return the adapter of a subset, trained if it is not in the store yet.
 
         It is found again by what it was trained on (ids and contents), in which space and how: rename a subset and
@@ -80,18 +80,20 @@ class Trainer:
         Args:
             name: a dataset, subset, coreset or DATASET[SQL].
             where: an SQL condition on its dataset's rows that narrows it further.
+            space: another space than that of the dataset's factors, which the store must know.
 
         Returns:
             The adapter.
         """
         subset = self.store.resolve(name)
-        return self.adapter_of(subset if where is None else self.store.narrow(subset, where))
+        return self.adapter_of(subset if where is None else self.store.narrow(subset, where), space)
 
-    def adapter_of(self, subset: Subset) -> Adapter:
+    def adapter_of(self, subset: Subset, space: Space | None = None) -> Adapter:
         """Return the adapter of a subset that may have no name in the store; see `adapter`.
 
         Args:
             subset: the subset.
+            space: see `adapter`.
 
         Returns:
             The adapter.
@@ -99,7 +101,7 @@ class Trainer:
         Raises:
             InputError: it has no instances.
         """
-        wanted = self._wanted(subset)
+        wanted = self._wanted(subset, space)
         found = self.store.adapter(wanted.id)
         return found if found is not None else self._train(wanted)
 
@@ -123,8 +125,8 @@ class Trainer:
         found = [self.store.adapter(w.id) for w in wanted]
         return [adapter for adapter in found if adapter is not None]
 
-    def _wanted(self, subset: Subset) -> _Wanted:
-        space = self.space_of(subset.dataset)
+    def _wanted(self, subset: Subset, space: Space | None = None) -> _Wanted:
+        space = space or self.space_of(subset.dataset)
         members = self.store.members(subset)
         if not members.ids:
             raise InputError(f"the subset {subset.name} has no instances; an adapter is trained on one or more.")

@@ -39,8 +39,32 @@ DISTANCE = 0.2
 PASSES = 5
 BATCH = 16
 STEPS = (10, 200)
+# "auto": datasets of at least so many instances are started on so many of them at most (docs/findings.md).
+AUTO_FROM = 1000
+AUTO_MOST = 640
 # Tasks whose head is drawn at random, so that it has to be trained before its gradients mean much.
 _HEADED = frozenset(["sequence-classification", "text-regression", "image-classification"])
+
+
+def default_size(bench: Workbench, total: int) -> int | None:
+    """Return how many instances `--warm-start auto` trains the start on.
+
+    A start that has read most of a small dataset knows its rows by heart, so a third of the rows is the most.
+
+    Args:
+        bench: the cold workbench.
+        total: instances of the dataset.
+
+    Returns:
+        The number; None for a cold start: fewer than 1,000 instances, no random head to train, or quantised layers.
+    """
+    space = bench.space
+    if total < AUTO_FROM or space.task not in _HEADED or space.model.startswith("own:"):
+        return None
+    module = bench.module(2)
+    if not all(layers.can_be_added_to(module.get_submodule(m.name)) for m in space.matrices):
+        return None
+    return min(AUTO_MOST, total // 3)
 
 
 def sample_size(asked: str, total: int) -> int | None:
@@ -67,6 +91,11 @@ def sample_size(asked: str, total: int) -> int | None:
             "the name of a dataset that was warm-started, or none."
         )
     return min(total, max(2, math.ceil(value / 100 * total)) if share else int(value))
+
+
+def steps_for(count: int) -> int:
+    """Return how many optimiser steps a start on so many instances takes: five passes, within 10 to 200 steps."""
+    return min(max(STEPS[0], math.ceil(PASSES * count / BATCH)), STEPS[1])
 
 
 def sample(chunks: Iterable[Sequence[Row]], count: int, seed: int) -> list[Row]:
@@ -116,7 +145,7 @@ def train(
 
     task = task or bench.task(labels)
     examples = task.encode(rows)
-    steps = min(max(STEPS[0], math.ceil(PASSES * len(rows) / BATCH)), STEPS[1])
+    steps = steps_for(len(rows))
     epochs = math.ceil(steps / math.ceil(len(rows) / BATCH))
     rate = min(RATE, DISTANCE / steps)
     recipe = Recipe(rate, 0.01, epochs, BATCH, steps, bench.space.seed)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.curator import start
-from repmatch.curator.scoring import directions, require_same_space
+from repmatch.curator.scoring import directions, shared_space
 from repmatch.errors import UsageError
 from repmatch.similarity import chance, matrix_scores
 
@@ -104,13 +104,12 @@ def study_seeds(trainer: Trainer, names: Sequence[str], *, seeds: int = 3, halve
         raise UsageError(f"--seeds {seeds} shows no spread; expected 2 or more.")
     if not names:
         raise UsageError("name one dataset or more.")
-    spaces = [trainer.space_of(trainer.store.resolve(name).dataset) for name in names]
-    for name, other in zip(names, spaces, strict=True):
-        require_same_space(names[0], spaces[0], name, other)
-    space = spaces[0]
+    space, _ = shared_space(trainer, names)
     found: list[list[list[NDArray[np.float64]]]] = []
     for name in names:
-        own = [replace(trainer, recipe=replace(trainer.recipe, seed=s)).adapter(name) for s in range(seeds)]
+        own = [
+            replace(trainer, recipe=replace(trainer.recipe, seed=s)).adapter(name, space=space) for s in range(seeds)
+        ]
         found.append([directions(adapter, space) for adapter in own])
     count = len(names)
     mean, spread = np.full((count, count), np.nan), np.full((count, count), np.nan)
@@ -133,6 +132,6 @@ def _halves(trainer: Trainer, name: str, space: Space) -> float:
     parts = []
     for half in (order[: len(ids) // 2], order[len(ids) // 2 :]):
         members = tuple(ids[i] for i in sorted(half.tolist()))
-        parts.append(trainer.adapter_of(replace(subset, name=f"half of {name}", ids=members, where=None)))
+        parts.append(trainer.adapter_of(replace(subset, name=f"half of {name}", ids=members, where=None), space))
     left, right = (directions(adapter, space) for adapter in parts)
     return float(matrix_scores(left, right).mean())
