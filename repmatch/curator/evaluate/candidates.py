@@ -206,12 +206,14 @@ class Pool:
 
     def _embedding_kernel(self) -> NDArray[np.float32]:
         rows = self._embedded()
-        return np.maximum(rows @ rows.T, 0.0)
+        kernel: NDArray[np.float32] = np.maximum(rows @ rows.T, 0.0)
+        return kernel
 
     def _joined_kernel(self) -> NDArray[np.float32]:
         factors = self.curator.store.factors(self.dataset, ids=self.ids)
         one, other = mean_scores(factors, factors), self._embedding_kernel()
-        return (one / one.mean() + other / other.mean()).astype(np.float32)
+        kernel: NDArray[np.float32] = (one / one.mean() + other / other.mean()).astype(np.float32)
+        return kernel
 
 
 def nearest_to_centres(rows: NDArray[np.float32], k: int, seed: int = 0) -> NDArray[np.int64]:

@@ -199,17 +199,13 @@ def _pool(curator: Curator, dataset: str) -> tuple[Pool, Workbench]:
         )
     bench = Workbench.of_space(space, curator.settings)
     frame = store.sql(
-        "SELECT id, label, loss, tokens FROM instances "
-        f"WHERE dataset = {_quoted(dataset)} AND loss IS NOT NULL ORDER BY position"
+        "SELECT id, label, loss, tokens FROM instances WHERE dataset = ? AND loss IS NOT NULL ORDER BY position",
+        [dataset],
     )
     ids = tuple(frame["id"].to_list())
     make = embedder(curator, dataset)
     losses, tokens = frame["loss"].to_numpy().astype(np.float64), frame["tokens"].to_numpy().astype(np.int64)
     return Pool(curator, dataset, ids, tuple(frame["label"].to_list()), losses, tokens, lambda: make(ids)), bench
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _together(device: str) -> int:

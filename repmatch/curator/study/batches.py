@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,43 +114,64 @@ def study_batches(trainer: Trainer, dataset: str, *, sizes: Sequence[int] = SIZE
     draw = start.generator(seed, "study:batches")
     pool = np.sort(draw.permutation(len(ids))[: max(POOL, 2 * max(sizes))])
     gradients, labels = _gradients(trainer, dataset, [ids[i] for i in pool])
-    labels_of = np.asarray(labels, dtype=object).astype(str)
-    n = len(labels_of)
-    queries = draw.permutation(n)[:QUERIES]
-    step = _step_of(space, {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices})
-    own = [step({name: g[q] for name, g in gradients.items()}) for q in queries]
-
-    def mean_score(size: int, pick: Callable[[int], NDArray[np.int64] | None]) -> float:
-        scores = []
-        for mine, q in zip(own, queries, strict=True):
-            members = pick(int(q))
-            if members is not None and len(members) == size:
-                batch = step({name: g[torch.from_numpy(members)].mean(dim=0) for name, g in gradients.items()})
-                scores.append(float(matrix_scores(mine, batch).mean()))
-        return float(np.mean(scores)) if scores else float("nan")
-
-    def others(q: int, mask: NDArray[np.bool_], count: int) -> NDArray[np.int64] | None:
-        free = np.flatnonzero(mask & (np.arange(n) != q))
-        return draw.permutation(free)[:count] if len(free) >= count else None
-
-    def holding(mask_of: Callable[[int], NDArray[np.bool_]], size: int) -> Callable[[int], NDArray[np.int64] | None]:
-        def pick(q: int) -> NDArray[np.int64] | None:
-            rest = others(q, mask_of(q), size - 1)
-            return None if rest is None else np.append(rest, q)
-
-        return pick
-
-    every, told = np.ones(n, bool), 1 < len(set(labels_of)) <= n // 4
+    named = np.asarray(labels, dtype=object).astype(str)
+    a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
+    drawn = _Draw(space, gradients, named, a, draw)
+    queries = [int(q) for q in draw.permutation(len(named))[:QUERIES]]
+    told = 1 < len(set(named)) <= len(named) // 4
     table: dict[str, list[float]] = {"inside": [], "outside": [], "alike": [], "mixed": []}
     for size in sizes:
-        table["inside"].append(mean_score(size, holding(lambda q: every, size)))
-        table["outside"].append(mean_score(size, lambda q, size=size: others(q, every, size)))
+        table["inside"].append(drawn.mean_score(queries, size))
+        table["outside"].append(drawn.mean_score(queries, size, holding=False))
         for name, same in (("alike", True), ("mixed", False)):
-            usable = told and size > 1
-            pick = holding(lambda q, same=same: (labels_of == labels_of[q]) == same, size)
-            table[name].append(mean_score(size, pick) if usable else float("nan"))
+            score = drawn.mean_score(queries, size, same=same) if told and size > 1 else float("nan")
+            table[name].append(score)
     found = {name: np.array(values) for name, values in table.items()}
     return BatchStudy(dataset, len(queries), tuple(sizes), **found, chance=chance(space.layout))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Gradients of a pool of instances, and batches drawn from it."""
+
+    space: Space
+    gradients: Mapping[str, Tensor]
+    labels: NDArray[np.str_]
+    a: Mapping[str, NDArray[np.float32]]
+    draw: np.random.Generator
+
+    def step(self, members: Sequence[int]) -> list[NDArray[np.float64]]:
+        """Return the directions of the first step on a batch's mean loss, (d_out, r) a matrix."""
+        out = []
+        for matrix in self.space.matrices:
+            mean = self.gradients[matrix.name][list(members)].mean(dim=0)
+            out.append(orthonormal(first_step(mean, self.space.optimizer).double().numpy(), self.a[matrix.name]))
+        return out
+
+    def mean_score(self, queries: Sequence[int], size: int, *, holding: bool = True, same: bool | None = None) -> float:
+        """Return the mean score of instances with a batch that holds them or not, drawn anew for each.
+
+        Args:
+            queries: positions in the pool.
+            size: of the batch.
+            holding: whether the instance is in it.
+            same: whether the others have its label or another; None: any.
+
+        Returns:
+            The mean; nan where no instance has enough others.
+        """
+        scores = []
+        for q in queries:
+            allowed = np.arange(len(self.labels)) != q
+            if same is not None:
+                allowed &= (self.labels == self.labels[q]) == same
+            others, count = np.flatnonzero(allowed), size - int(holding)
+            if len(others) < count:
+                continue
+            members = self.draw.permutation(others)[:count].tolist()
+            batch = self.step([q, *members] if holding else members)
+            scores.append(float(matrix_scores(self.step([q]), batch).mean()))
+        return float(np.mean(scores)) if scores else float("nan")
 
 
 def _gradients(trainer: Trainer, dataset: str, ids: Sequence[str]) -> tuple[dict[str, Tensor], list[str | None]]:
@@ -172,15 +193,3 @@ def _gradients(trainer: Trainer, dataset: str, ids: Sequence[str]) -> tuple[dict
         order += at
     back = torch.from_numpy(np.argsort(np.asarray(order)))
     return {name: torch.cat(held)[back] for name, held in parts.items()}, [row.label for row in rows]
-
-
-def _step_of(
-    space: Space, a: Mapping[str, NDArray[np.float32]]
-) -> Callable[[Mapping[str, Tensor]], list[NDArray[np.float64]]]:
-    """Return what turns a gradient, matrix name -> (d_out, r), into the directions of its first step."""
-
-    def step(gradient: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
-        steps = {name: first_step(g, space.optimizer).double().numpy() for name, g in gradient.items()}
-        return [orthonormal(steps[m.name], a[m.name]) for m in space.matrices]
-
-    return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +204,7 @@ class _Run:
         before: dict[str, Tensor] = {}
         trained: dict[str, Tensor] = {}
         for matrix in space.matrices:
-            layer = module.get_submodule(matrix.name)
+            layer: Any = module.get_submodule(matrix.name)
             if not isinstance(getattr(layer, "weight", None), nn.Parameter):
                 raise ModelError(f"{matrix.name!r} has no weight of its own that could be trained in full.")
             before[matrix.name] = layer.weight.detach()
@@ -213,16 +213,15 @@ class _Run:
         self._train(module, list(trained.values()), rate, "full fine-tuning")
         module.requires_grad_(False)
         deltas = {
-            name: layers.as_matrix(module.get_submodule(name), (weight.detach() - before[name])).double().cpu().numpy()
+            name: layers.as_matrix(module.get_submodule(name), weight.detach() - before[name]).double().cpu().numpy()
             for name, weight in trained.items()
         }
         return module, deltas
 
     def _train(self, module: nn.Module, parameters: list[Tensor], rate: float, name: str) -> None:
-        recipe, tell = self.trainer.recipe, self.trainer.progress
+        recipe, tick = self.trainer.recipe, self.trainer.progress
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay)
         total = recipe.steps(len(self.rows))
-        tick: Callable[[str, int, int | None], None] | None = tell
         with torch.enable_grad():
             for step, at in enumerate(batches(self.rows, recipe)):
                 inputs = {k: v.to(self.device) for k, v in self.task.collate([self.rows[i] for i in at]).items()}
