@@ -32,8 +32,10 @@ class Cover(State):
         self.loops = _loops
         self.kernel: Kernel = kernel
         self.n = kernel.shape[1]
-        self.cover = np.zeros(kernel.shape[0]) if start is None else start.cover
-        self.representative = np.full(kernel.shape[0], -1, np.int64) if start is None else start.representative
+        self.cover: NDArray[np.float64] = np.zeros(kernel.shape[0]) if start is None else start.cover
+        self.representative: NDArray[np.int64] = (
+            np.full(kernel.shape[0], -1, np.int64) if start is None else start.representative
+        )
         self.gains = np.zeros(self.n)
 
     def upper(self) -> NDArray[np.float64]:
@@ -81,7 +83,8 @@ class Handing(State):
     """
 
     def __init__(self, kernel: Kernel, start: Cover) -> None:
-        self.kernel, self.n = kernel, kernel.shape[1]
+        self.kernel: Kernel = kernel
+        self.n = kernel.shape[1]
         self.inner: Cover = start
         self.picks = 0
 
