@@ -281,3 +281,31 @@ def test_the_largest_kernels_are_selected_from_in_parts(monkeypatch: pytest.Monk
 def test_k_medoids_of_a_represented_set() -> None:
     cross = DenseKernel(KERNEL[:40], rectangular=True)
     assert k_medoids(cross, 5).value >= facility_location(cross, 5).value - 1e-9
+
+
+def _wide(n: int, spread: float) -> np.ndarray:
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal((40, 24))[generator.integers(0, 40, n)] + spread * generator.standard_normal((n, 24))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    kernel = np.square(x @ x.T).astype(np.float32)
+    return np.maximum(kernel, kernel.T)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_a_whole_kernel_read_once_gives_the_picks_of_columns_computed_one_by_one(spread: float) -> None:
+    kernel = _wide(700, spread)
+    whole, lazy = facility_location(kernel, 300), facility_location(kernel, 300, algorithm="lazy")
+    assert whole.algorithm == "incremental"
+    assert whole.indices.tolist() == lazy.indices.tolist()
+    np.testing.assert_allclose(whole.gains, lazy.gains, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(DenseKernel(kernel).means(), kernel.mean(axis=0, dtype=np.float64), rtol=1e-9)
+
+
+def test_one_entry_decides_whether_a_large_kernel_is_symmetric_and_finite() -> None:
+    kernel = _wide(600, 1.0)
+    assert DenseKernel(kernel).symmetric
+    kernel[17, 503] = np.nextafter(kernel[17, 503], np.float32(2.0))
+    assert not DenseKernel(kernel).symmetric
+    kernel[17, 503] = kernel[503, 17] = -np.inf
+    with pytest.raises(SelectionError, match="17, 503"):
+        DenseKernel(kernel)

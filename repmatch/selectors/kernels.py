@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import dense_block, row_blocks, same_space, take
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
 from repmatch.similarity import kernel_block, mean_similarity
@@ -25,6 +26,7 @@ def _default_limit() -> int:
     return min(4 << 30, memory // 4)
 
 
+_SURVEYED = 512  # instances from which a kernel is read by compiled code
 DEFAULT_LIMIT = _default_limit()  # bytes that a whole kernel may take
 
 
@@ -64,7 +66,13 @@ class Kernel(Protocol):
 
 
 class DenseKernel:
-    """A kernel kept whole as an array."""
+    """A kernel kept whole as an array.
+
+    Attributes:
+        array: (rows, n) float32 or float64 in C order.
+        resolution: 0: entries are exact.
+        positive_sums: (n,) float64 sums of the columns' positive entries, where they are known already.
+    """
 
     def __init__(self, array: ArrayLike, *, rectangular: bool = False) -> None:
         """Check and take over an array, without a copy where possible.
@@ -86,14 +94,26 @@ class DenseKernel:
             if given.dtype.kind not in "iubf":
                 raise SelectionError(f"the kernel holds {given.dtype}: expected float32 or float64")
             given = given.astype(np.float64 if given.dtype.kind in "iu" else np.float32)
-        _refuse_not_finite(given)
         self._square = not rectangular
+        self.positive_sums: NDArray[np.float64] | None = None
+        self._sums: NDArray[np.float64] | None = None
+        if not (self._square and len(given) >= _SURVEYED and self._survey(given)):
+            _refuse_not_finite(given)
         if not given.flags.c_contiguous:
             # A symmetric array in Fortran order is its own transpose, so nothing needs to be copied.
             turned = given.T if self._square and given.flags.f_contiguous and _is_symmetric(given) else given
             given = np.ascontiguousarray(turned)
         self.array: Floats = given
         self.resolution = 0.0
+
+    def _survey(self, given: Floats) -> bool:
+        """Read a large float32 array once for its sums and symmetry; False where a closer look is needed."""
+        found = _surveyed(given) if given.dtype == np.float32 and given.flags.c_contiguous else None
+        if found is None:
+            return False
+        self._sums, self.positive_sums = found
+        self.symmetric = True
+        return True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,7 +148,8 @@ class DenseKernel:
 
     def means(self) -> NDArray[np.float64]:
         """Return (n,): each candidate's mean similarity with the represented instances."""
-        return np.asarray(self.array.sum(axis=0, dtype=np.float64) / max(1, self.shape[0]))
+        sums = self.array.sum(axis=0, dtype=np.float64) if self._sums is None else self._sums
+        return np.asarray(sums / max(1, self.shape[0]))
 
 
 class FactorKernel:
@@ -305,7 +326,30 @@ def _refuse_not_finite(array: Floats) -> None:
             raise SelectionError(f"the kernel is {array[place]} at {place}: every entry must be finite")
 
 
-def _is_symmetric(array: Floats, step: int = 1024) -> bool:
+def _surveyed(array: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Read a square float32 array once.
+
+    An array that is not symmetric passes for one with a probability below 10⁻⁸: its bits are compared with its
+    transpose's through one product with random numbers on both sides.
+
+    Returns:
+        (n,) float64 sums of each row, and of its positive entries; None where the array is not symmetric to the bit, or
+        not finite.
+    """
+    from repmatch.selectors import _whole
+
+    n = len(array)
+    left, right = np.random.default_rng(0).integers(1, 2**32, (2, n), dtype=np.uint32)
+    words, difference, sums, positive = array.view(np.uint32), np.zeros(n, np.uint64), np.empty(n), np.empty(n)
+
+    def part(lo: int, hi: int) -> None:
+        difference[lo] = _whole.survey(array, words, left, right, lo, hi, sums, positive)
+
+    in_chunks(part, n, least=256)
+    return None if difference.sum() or not np.isfinite(sums).all() else (sums, positive)
+
+
+def _is_symmetric(array: Floats, step: int = 256) -> bool:
     n = len(array)
     for lo in range(0, n, step):
         for start in range(lo, n, step):
