@@ -4,7 +4,7 @@
     python benchmarks/bench_choice.py --stage core wide --stores choice --json benchmarks/results/choice.jsonl
 
 Every training is kept in the stores, so that a run that was stopped goes on, and a larger one builds on it. Prints
-tables in Markdown.
+tables in Markdown; --tables FILE... makes them of lines that --json wrote, without any training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import repmatch
 from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate
 from repmatch.curator.evaluate.results import Line
 from repmatch.curator.evaluate.retraining import RetrainRecipe
-from repmatch.curator.evaluate.statistics import interval
+from repmatch.curator.evaluate.statistics import Interval, interval
 
 # Training file and test file of each set, as DATA_HELP says how to get them; without a test file the rows are split.
 SETS = {
@@ -200,6 +200,22 @@ def overall(everything: dict[str, list[tuple[str, Line]]]) -> list[str]:
     return out
 
 
+def told(files: Sequence[Path]) -> dict[str, list[tuple[str, Line]]]:
+    """Return the lines that earlier runs wrote, set by set; a line that was written twice counts once."""
+    found: dict[str, dict[tuple[str, str, int], Line]] = {}
+    for file in files:
+        for text in file.read_text(encoding="utf-8").splitlines():
+            held = json.loads(text)
+            count = len(held["accuracies"])
+            against = None if held["against_random"] is None else Interval(**held["against_random"], count=count)
+            own = Interval(held["accuracy"], held["low"], held["high"], count)
+            names = ("imbalance", "tokens", "steps")
+            accuracies = tuple(held["accuracies"])
+            line = Line(held["candidate"], held["size"], accuracies, own, against, *(held[name] for name in names))
+            found.setdefault(held["set"], {})[line.candidate, held["start"], line.size] = line
+    return {name: [(key[1], line) for key, line in lines.items()] for name, lines in found.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,12 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=2, help="last layers that are adapted in retraining (default 2)")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--stores", default="choice", help="folder, kept between runs (default choice)")
+    parser.add_argument("--tables", nargs="+", type=Path, metavar="FILE", help="of lines that --json wrote")
     parser.add_argument("--json", type=Path, dest="json_file", help="write the lines to this file")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not os.environ.get("REPMATCH_DATA"):
+    if not options.tables and not os.environ.get("REPMATCH_DATA"):
         sys.exit(DATA_HELP)
-    everything = {name: list(curves(name, options)) for name in options.sets}
+    everything = (
+        told(options.tables) if options.tables else {name: list(curves(name, options)) for name in options.sets}
+    )
     for name, found in everything.items():
         print("\n".join(table(name, found)), end="\n\n")
     print("\n".join(overall(everything)))
