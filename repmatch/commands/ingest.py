@@ -97,10 +97,14 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     from repmatch.curator.ingest import IngestOptions
     from repmatch.curator.rows import FieldChoice
     from repmatch.curator.settings import Settings
+    from repmatch.curator.shards import Shard
 
     rest = dict(given)
     fields = FieldChoice(**{name: rest.pop(name) for name in _FIELDS})
-    options = IngestOptions(fields, rest.pop("encoding"), rest.pop("strict", False))
+    shard = rest.pop("shard", None)
+    options = IngestOptions(
+        fields, rest.pop("encoding"), rest.pop("strict", False), None if shard is None else Shard.parse(shard)
+    )
     return Settings(**{**rest, "targets": _names(rest["targets"])}), options
 
 
@@ -115,6 +119,12 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
     "of the text, not only of the label.  [default: the dataset's own; none for a new one]",
 )
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Compute part I of N only, into a store of its own; `repmatch merge` unites them. 0/N: only what all parts "
+    "share.",
+)
 @click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
 @wait_option
 @json_option
@@ -126,6 +136,7 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     cat more.jsonl | repmatch ingest - --dataset reviews
     repmatch ingest reviews.jsonl --dataset warm --warm-start 160
     repmatch ingest chats.jsonl --dataset chats --task causal-lm --model ./my-llama
+    repmatch --store shard-3 ingest reviews.jsonl --dataset reviews --shard 3/8
     """
 )
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
@@ -140,7 +151,12 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
     with context.open(as_json=as_json, wait=wait) as store:
         curator = context.curator(store, settings)
         report = curator.ingest(
-            list(files), dataset, fields=options.fields, encoding=options.encoding, strict=options.strict
+            list(files),
+            dataset,
+            fields=options.fields,
+            encoding=options.encoding,
+            strict=options.strict,
+            shard=options.shard,
         )
     output = context.output
     output.close()
@@ -156,6 +172,12 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         )
     if report.truncated:
         output.hint(f"{report.truncated} instances were longer than the maximum length and cut there.")
+    part = report.detail.get("shard")
+    if part is not None:
+        output.hint(
+            f"shard {part['number']}/{part['of']}: {part['hi'] - part['lo']} of {part['total']} rows; when all are "
+            "there: repmatch merge OUT IN..."
+        )
     if as_json:
         output.json(report.as_json())
     else:

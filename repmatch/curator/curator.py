@@ -13,6 +13,7 @@ from repmatch.curator.frames import as_file, dataset_of, frame_of, is_frame
 from repmatch.curator.ingest import IngestOptions, IngestReport, Progress, check_name, ingest
 from repmatch.curator.rows import FieldChoice
 from repmatch.curator.settings import Settings
+from repmatch.curator.shards import Shard
 from repmatch.curator.subsets import Trainer
 from repmatch.datamodels import Adapter, Encoding, Row
 from repmatch.errors import UsageError
@@ -86,6 +87,7 @@ class Curator:
         fields: FieldChoice | None = None,
         encoding: Encoding | None = None,
         strict: bool = False,
+        shard: Shard | str | None = None,
     ) -> IngestReport:
         """Read rows and compute the instance factors that are missing.
 
@@ -96,15 +98,17 @@ class Curator:
             fields: columns to read; None: id, text, text_pair and label.
             encoding: "float16" (default), "float32" or "sign".
             strict: refuse everything when one row is bad.
+            shard: compute this part of the input only, such as "3/8"; see `repmatch.curator.shards`.
 
         Returns:
             Counts, and the rows that were set aside with reasons.
         """
         if is_frame(source):
             with as_file(source) as path:
-                return self.ingest(path, dataset, fields=fields, encoding=encoding, strict=strict)
+                return self.ingest(path, dataset, fields=fields, encoding=encoding, strict=strict, shard=shard)
         sources = [source] if isinstance(source, str | Path) else list(source)
-        options = IngestOptions(fields or FieldChoice(), encoding, strict)
+        part = Shard.parse(shard) if isinstance(shard, str) else shard
+        options = IngestOptions(fields or FieldChoice(), encoding, strict, part)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import logging
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A window is the unit of commit: rows are sorted by length within it and committed together. It is sized in work, not
-# in seconds, so that a run that was killed goes on with the very batches an uninterrupted run would have computed.
-_WINDOW_FLOP = 1e12  # a core
+# Rows are sorted by length within a window and committed together. It is sized in work, not in seconds or cores, so
+# that a run that was killed goes on with the very batches an uninterrupted run would have computed, and so that
+# machines with more or fewer cores cut the same input alike: a factor depends on its batch, if only by rounding.
+_WINDOW_FLOP = 2e12
 _WINDOW_FLOP_GPU = 5e13
 _WINDOW_ROWS = (64, 4096)
 # Instances on which the cost of sign codes is measured, from the first window.
-_SIGN_SAMPLE = 256
+SIGN_SAMPLE = 256
+# Instances on which precision and batch size are chosen.
+LOOK = 32
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -45,47 +48,62 @@ class Work:
         stage: the rows.
         bench: the workbench.
         dataset: the dataset's record.
-        total: rows to compute.
         tell: called with (stage, done, total or None).
     """
 
-    def __init__(
-        self, store: Store, stage: Stage, bench: Workbench, dataset: Dataset, total: int, tell: Progress
-    ) -> None:
+    def __init__(self, store: Store, stage: Stage, bench: Workbench, dataset: Dataset, tell: Progress) -> None:
         self.detail: dict[str, Any] = {}
         self._store = store
         self._stage = stage
         self._bench = bench
         self._dataset = dataset
-        self._total = total
+        self._total = 0
         self._tell = tell
 
-    def compute(self) -> tuple[int, int, list[BadRow]]:
+    @cached_property
+    def task(self) -> Task:
+        """The dataset's task."""
+        made: Task = self._bench.task(self._dataset.labels, self._dataset.fields)
+        return made
+
+    @cached_property
+    def engine(self) -> FactorEngine:
+        """The factor engine at the space's start."""
+        return self._bench.engine(self._dataset.labels, self.task)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return window_tokens(self._bench, self.engine)
+
+    def compute(self, total: int) -> tuple[int, int, list[BadRow]]:
         """Compute and store every factor that is missing.
+
+        Args:
+            total: how many they are.
 
         Returns:
             Factors stored, instances among them that were cut, and the rows without a finite factor.
         """
-        if self._total == 0:
+        self._total = total
+        if total == 0:
             return 0, 0, []
         from repmatch.curator.overlap import ahead, behind
 
-        bench, dataset = self._bench, self._dataset
-        self._tell("factors", 0, self._total)
-        task = bench.task(dataset.labels, dataset.fields)
-        engine = bench.engine(dataset.labels, task)
-        batches = Batches(engine, task, bench.batch_tokens)
+        dataset, engine = self._dataset, self.engine
+        self._tell("factors", 0, total)
+        batches = Batches(engine, self.task, self._bench.batch_tokens)
         overlapping = engine.device.type == "cuda"
-        stream = windows(self._stage.todo(), task, window_tokens(bench, engine))
+        stream = grouped(windows(self._stage.todo(), self.task, self.tokens), windows_at_once(engine))
         done = truncated = 0
         lost: list[BadRow] = []
         with behind(self._keep, overlapping) as keep:
-            for rows, examples in ahead(stream, overlapping):
-                if not self.detail:
+            for rows, examples, sizes in ahead(stream, overlapping):
+                if "precision" not in self.detail:
                     self._look(batches, examples)
-                batch, bad = batches.factors(rows, examples, tick=partial(self._within, done))
+                batch, bad = batches.factors(rows, examples, sizes=sizes, tick=partial(self._within, done))
                 if "sign_error" not in self.detail and dataset.encoding == "sign":
-                    self.detail["sign_error"] = sign_error(batch.values[:_SIGN_SAMPLE], engine.layout)
+                    self.detail["sign_error"] = sign_error(batch.values[:SIGN_SAMPLE], engine.layout)
                 if batch.rows:
                     keep(batch)
                 lost += bad
@@ -104,21 +122,37 @@ class Work:
         self._tell("factors", done, self._total)
 
     def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
-        """Check a user's own module on the first rows; choose the precision, and on CUDA the batch size, on them."""
-        from repmatch.curator import precision
-        from repmatch.curator.memory import Meter, fitting_tokens
         from repmatch.curator.tasks import OwnModel
 
-        few = batches.task.collate(list(examples[:32]))
         if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
-            batches.engine.check_apart(few)
-        chosen, agreement = precision.choose(batches.engine, few)
-        if batches.engine.device.type == "cuda" and self._bench.fits_memory and "input_ids" in few:
-            batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
-            self.detail["batch_tokens"] = batches.limit
-        self.detail |= {"device": self._bench.device, "precision": chosen}
-        if agreement:
-            self.detail["agreement_with_float32"] = agreement
+            batches.engine.check_apart(batches.task.collate(list(examples[:LOOK])))
+        self.detail |= look(batches, self._bench, examples[:LOOK])
+
+
+def look(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dict[str, Any]:
+    """Choose the precision, and on CUDA the batch size, on the first rows of an ingest.
+
+    Args:
+        batches: are set accordingly.
+        bench: names the device.
+        examples: the first rows, at most `LOOK` of them.
+
+    Returns:
+        What was chosen and measured.
+    """
+    from repmatch.curator import precision
+    from repmatch.curator.memory import Meter, fitting_tokens
+
+    few = batches.task.collate(list(examples))
+    detail: dict[str, Any] = {}
+    chosen, agreement = precision.choose(batches.engine, few)
+    if batches.engine.device.type == "cuda" and bench.fits_memory and "input_ids" in few:
+        batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
+        detail["batch_tokens"] = batches.limit
+    detail |= {"device": bench.device, "precision": chosen}
+    if agreement:
+        detail["agreement_with_float32"] = agreement
+    return detail
 
 
 def sign_error(values: NDArray[np.float32], layout: Layout) -> dict[str, float]:
@@ -165,13 +199,19 @@ class Batches:
         self._twins: list[FactorEngine] = []
 
     def factors(
-        self, rows: Sequence[Row], examples: Sequence[Example], *, tick: Callable[[int], None] | None = None
+        self,
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        *,
+        sizes: Sequence[int] | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> tuple[FactorBatch, list[BadRow]]:
         """Compute the factors of a window, batch by batch of similar length.
 
         Args:
             rows: the window's rows.
             examples: the same rows, made ready.
+            sizes: rows of each window where they are several; no batch holds rows of two.
             tick: called with the rows done so far, batch by batch.
 
         Returns:
@@ -182,7 +222,7 @@ class Batches:
         cores = np.empty((n, len(layout.dims), rank, rank), dtype=np.float32) if rank > 1 else None
         norms = np.empty((n, len(layout.dims)), dtype=np.float32)
         losses, done = np.empty(n, dtype=np.float32), 0
-        for at, part in self._parts(examples):
+        for at, part in self._parts(examples, sizes or [n]):
             values[at], norms[at], losses[at] = part.values, part.norms, part.losses
             if cores is not None and part.cores is not None:
                 cores[at] = part.cores
@@ -203,11 +243,15 @@ class Batches:
         )
         return batch, bad
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], BatchFactors]]:
+    def _parts(self, examples: Sequence[Example], sizes: Sequence[int]) -> Iterator[tuple[list[int], BatchFactors]]:
         from repmatch.curator.engine import batches_by_tokens
 
         lengths = [example.tokens for example in examples]
-        planned = batches_by_tokens(lengths, self.limit)
+        planned: list[list[int]] = []
+        lo = 0
+        for size in sizes:
+            planned += [[lo + i for i in group] for group in batches_by_tokens(lengths[lo : lo + size], self.limit)]
+            lo += size
         if self._workers > 1 and len(planned) > 1:
             yield from self._side_by_side(examples, planned)
             return
@@ -326,7 +370,7 @@ def factors_of(
 
 
 def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
-    """Return how many tokens a window holds: a fixed amount of work for the device, by the model's size.
+    """Return how many tokens a window holds: a fixed amount of work for the kind of device, by the model's size.
 
     Args:
         bench: names the device.
@@ -336,8 +380,44 @@ def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
         Tokens, at least 1.
     """
     parameters = sum(p.numel() for n, p in engine.module.named_parameters() if "embed" not in n)
-    flop = _WINDOW_FLOP * default_workers(engine) if bench.device == "cpu" else _WINDOW_FLOP_GPU
+    flop = _WINDOW_FLOP if bench.device == "cpu" else _WINDOW_FLOP_GPU
     return max(1, int(flop / (4 * parameters)))
+
+
+def windows_at_once(engine: FactorEngine) -> int:
+    """Return how many windows are computed and committed together: more where there are more cores to keep busy.
+
+    Args:
+        engine: the factor engine.
+
+    Returns:
+        One for every two cores, at least one.
+    """
+    return max(1, default_workers(engine) // 2)
+
+
+def grouped(
+    stream: Iterator[tuple[list[Row], list[Example]]], count: int
+) -> Iterator[tuple[list[Row], list[Example], list[int]]]:
+    """Join windows that are computed together.
+
+    Args:
+        stream: windows.
+        count: how many to join; fewer where they have many rows, because all are held in memory.
+
+    Yields:
+        Rows, their examples, and the rows of each window.
+    """
+    rows: list[Row] = []
+    examples: list[Example] = []
+    sizes: list[int] = []
+    for some, made in stream:
+        if sizes and (len(sizes) == count or len(rows) + len(some) > _WINDOW_ROWS[1]):
+            yield rows, examples, sizes
+            rows, examples, sizes = [], [], []
+        rows, examples, sizes = [*rows, *some], [*examples, *made], [*sizes, len(some)]
+    if sizes:
+        yield rows, examples, sizes
 
 
 def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterator[tuple[list[Row], list[Example]]]:
