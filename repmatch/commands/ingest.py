@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+from repmatch.context import (
+    Context,
+    cluster_of,
+    cluster_options,
+    device_option,
+    examples,
+    json_option,
+    model_option,
+    pass_context,
+    wait_option,
+)
 from repmatch.curator.forms import TASKS
 from repmatch.errors import UsageError
 
@@ -125,6 +135,7 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     help="Compute part I of N only, into a store of its own; `repmatch merge` unites them. 0/N: only what all parts "
     "share.",
 )
+@cluster_options
 @click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
 @wait_option
 @json_option
@@ -137,6 +148,7 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     repmatch ingest reviews.jsonl --dataset warm --warm-start 160
     repmatch ingest chats.jsonl --dataset chats --task causal-lm --model ./my-llama
     repmatch --store shard-3 ingest reviews.jsonl --dataset reviews --shard 3/8
+    repmatch ingest reviews.jsonl --dataset reviews --engine ray
     """
 )
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
@@ -147,6 +159,7 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
     computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
     """
     wait = given.pop("wait")
+    cluster = cluster_of(given, context.output)
     settings, options = options_of(given)
     with context.open(as_json=as_json, wait=wait) as store:
         curator = context.curator(store, settings)
@@ -157,6 +170,7 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
             encoding=options.encoding,
             strict=options.strict,
             shard=options.shard,
+            cluster=cluster,
         )
     output = context.output
     output.close()

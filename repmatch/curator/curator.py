@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from repmatch.curator.adapter_comparison import AdapterComparison
     from repmatch.curator.adapter_files import ExportedAdapter
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.inspection import Inspection
     from repmatch.curator.training import Recipe
     from repmatch.store import Store
@@ -88,6 +89,7 @@ class Curator:
         encoding: Encoding | None = None,
         strict: bool = False,
         shard: Shard | str | None = None,
+        cluster: ClusterOptions | None = None,
     ) -> IngestReport:
         """Read rows and compute the instance factors that are missing.
 
@@ -99,16 +101,19 @@ class Curator:
             encoding: "float16" (default), "float32" or "sign".
             strict: refuse everything when one row is bad.
             shard: compute this part of the input only, such as "3/8"; see `repmatch.curator.shards`.
+            cluster: compute on a Ray cluster, see `repmatch.curator.cluster.connection`; None: in this process.
 
         Returns:
             Counts, and the rows that were set aside with reasons.
         """
         if is_frame(source):
             with as_file(source) as path:
-                return self.ingest(path, dataset, fields=fields, encoding=encoding, strict=strict, shard=shard)
+                return self.ingest(
+                    path, dataset, fields=fields, encoding=encoding, strict=strict, shard=shard, cluster=cluster
+                )
         sources = [source] if isinstance(source, str | Path) else list(source)
         part = Shard.parse(shard) if isinstance(shard, str) else shard
-        options = IngestOptions(fields or FieldChoice(), encoding, strict, part)
+        options = IngestOptions(fields or FieldChoice(), encoding, strict, part, cluster)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:

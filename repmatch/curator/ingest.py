@@ -19,6 +19,7 @@ from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Stage, StageSummary, Store
 
@@ -47,12 +48,14 @@ class IngestOptions:
         encoding: how factors are kept; None: the dataset's, or float16 for a new one.
         strict: refuse everything when one row is bad.
         shard: compute this part of the input only; None: all of it.
+        cluster: compute on this cluster; None: in this process.
     """
 
     fields: FieldChoice = field(default_factory=FieldChoice)
     encoding: Encoding | None = None
     strict: bool = False
     shard: Shard | None = None
+    cluster: ClusterOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,15 @@ def ingest(
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:
             if known is None or first.todo or not settings.asks_nothing or options.shard is not None:
-                bench = _bench(store, partial(started, store, stage, first.todo, tell), known, settings, record)
+                bench = _bench(
+                    store, partial(started, store, stage, first.todo, tell), known, _here(settings, options), record
+                )
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
                 store.save_space(bench.space)
                 store.save_dataset(replace(record, space_id=bench.space.id))
-                work = Work(store, stage, bench, record, tell)
+                work = _work(store, stage, bench, record, tell, settings, options)
                 if options.shard is not None:
                     first = _restrict(stage, work, options.shard, tell)
                 stage.touch()
@@ -169,6 +174,27 @@ def ingest(
         bad=tuple([*bad, *lost][:20]),
         detail=detail,
     )
+
+
+def _here(settings: Settings, options: IngestOptions) -> Settings:
+    """Return the settings of this process: the device that is asked for may be on the cluster's nodes only."""
+    return settings if options.cluster is None or settings.device == "cpu" else replace(settings, device="auto")
+
+
+def _work(
+    store: Store,
+    stage: Stage,
+    bench: Workbench,
+    record: Dataset,
+    tell: Progress,
+    settings: Settings,
+    options: IngestOptions,
+) -> Work:
+    if options.cluster is None:
+        return Work(store, stage, bench, record, tell)
+    from repmatch.curator.cluster.factors import ClusterWork
+
+    return ClusterWork(store, stage, bench, record, tell, settings=settings, options=options.cluster)
 
 
 def _restrict(stage: Stage, work: Work, shard: Shard, tell: Progress) -> StageSummary:
