@@ -143,6 +143,29 @@ def test_a_driver_that_ends_early_is_followed_by_the_next_run(
     assert content(tmp_path / "s") == whole
 
 
+def test_a_selection_on_the_cluster_is_that_of_parts_on_one_machine(
+    tmp_path: Path, toy_store: Path, cluster: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repmatch.selectors import greedi, large
+
+    for module in (large, greedi):
+        monkeypatch.setattr(module, "PART", 16)
+    found = {}
+    for name, more in (
+        ("here", ("--algorithm", "partitioned")),
+        ("there", ("--engine", "ray")),
+        ("herd", ("--engine", "ray", "--strategy", "herding")),
+    ):
+        arguments = ("--store", toy_store, "select", "toy", "-k", 6, "--balance", "label", "--name", name, *more)
+        out = run(*arguments, "--json")
+        assert out.code == 0, out.err
+        found[name] = [pick["id"] for pick in out.objects]
+        assert "4 parts" in out.err
+        assert ("2 workers" in out.err or "1 workers" in out.err) == (name != "here")
+    assert found["there"] == found["here"]
+    assert len(set(found["herd"])) == 6
+
+
 class Echo:
     """A worker whose jobs are what to do."""
 

@@ -217,6 +217,8 @@ class Curator:
         dataset: str,
         k: int | str | None = None,
         options: selection.SelectOptions | None = None,
+        *,
+        cluster: ClusterOptions | None = None,
         **changes: Unpack[selection.SelectArguments],
     ) -> selection.Selected:
         """Choose a coreset and keep it in the store.
@@ -225,6 +227,7 @@ class Curator:
             dataset: the dataset's name, or a part of it such as "reviews[stars > 2]".
             k: picks, or a share such as "5%"; None: what `options` say, or as many as the rules allow.
             options: everything that can be asked of a selection; None: the defaults.
+            cluster: do the first of two rounds on a Ray cluster (facility-location, herding); None: in this process.
             **changes: fields of `SelectOptions` that differ from `options`, such as strategy, balance, name or budget.
 
         Returns:
@@ -235,7 +238,7 @@ class Curator:
             chosen = replace(chosen, k=k)
         if chosen.name is not None:
             check_name(chosen.name)
-        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress)
+        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress, cluster)
 
     def _scores_of(self, dataset: str) -> dict[str, float]:
         scores = self.score(dataset)
