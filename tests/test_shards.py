@@ -22,6 +22,7 @@ from repmatch.curator.ingest import IngestReport
 from repmatch.curator.shards import Shard, divide
 from repmatch.curator.tasks import Example
 from repmatch.errors import SpaceMismatchError, UsageError
+from repmatch.store import union
 
 WINDOW = 10
 OF = 3
@@ -259,6 +260,19 @@ def test_columns_that_only_one_store_has_are_kept(tmp_path: Path) -> None:
     out = stores.open(tmp_path / "out")
     out.merge([tmp_path / "one", tmp_path / "two"])
     assert dict(out.dataset("d").columns) == {"id": "string", "n": "json", "m": "json"}
+
+
+def test_shards_are_missing_only_where_no_division_is_complete() -> None:
+    def parts(of: int, *numbers: int, source: str = "in") -> list[union._Part]:
+        return [union._Part("d", source, number, of, 9) for number in numbers]
+
+    assert union._missing(parts(3, 1, 3)) == {"d": ("2/3",)}
+    assert union._missing([*parts(3, 1, 3), *parts(2, 1, 2)]) == {}
+    assert union._missing([*parts(3, 1), *parts(2, 1, 2, source="other")]) == {"d": ("2/3", "3/3")}
+    other = union._Part("d", "in", 2, 2, 500)
+    assert union._missing([*parts(2, 1), other]) == {
+        "d": ("2/2 of windows of 9 tokens", "1/2 of windows of 500 tokens")
+    }
 
 
 class Counting:

@@ -276,10 +276,16 @@ def _as_json(part: _Part) -> dict[str, Any]:
 
 
 def _missing(parts: Sequence[_Part]) -> dict[str, tuple[str, ...]]:
-    """Return, by dataset, the shards of its inputs that nobody computed."""
+    """Return, by dataset, the shards of its inputs that nobody computed; none where another division is complete."""
+    there: dict[tuple[str, str, int, int], set[int]] = {}
+    for part in parts:
+        there.setdefault((part.dataset, part.input, part.of, part.tokens), set()).add(part.number)
+    whole = {(dataset, source) for (dataset, source, of, _), numbers in there.items() if len(numbers) == of}
     found: dict[str, list[str]] = {}
-    for kind in dict.fromkeys((part.dataset, part.input, part.of, part.tokens) for part in parts):
-        dataset, _, of, _ = kind
-        there = {p.number for p in parts if (p.dataset, p.input, p.of, p.tokens) == kind}
-        found.setdefault(dataset, []).extend(f"{i}/{of}" for i in range(1, of + 1) if i not in there)
+    for (dataset, source, of, tokens), numbers in there.items():
+        if (dataset, source) not in whole:
+            # CPU and GPU cut other windows, so their shards do not fit together.
+            other = any(kind[:3] == (dataset, source, of) and kind[3] != tokens for kind in there)
+            more = f" of windows of {tokens} tokens" if other else ""
+            found.setdefault(dataset, []).extend(f"{i}/{of}{more}" for i in range(1, of + 1) if i not in numbers)
     return {dataset: tuple(shards) for dataset, shards in found.items() if shards}
