@@ -1,8 +1,9 @@
-"""Does choosing pay? Retraining curves on several datasets, from a cold and a warm start; see README.md beside this.
+"""Does choosing pay? Retraining curves on several datasets, from several starts; see README.md beside this.
 
-    python benchmarks/bench_choice.py --sets sst2 trec --rows 2000 --seeds 5 --store choice-store
+    python benchmarks/bench_choice.py --sets sst2 trec --stage core --stores choice
+    python benchmarks/bench_choice.py --stage core wide --stores choice --json benchmarks/results/choice.jsonl
 
-Every training is kept in the store, so that a run that was stopped goes on, and a larger one builds on it. Prints
+Every training is kept in the stores, so that a run that was stopped goes on, and a larger one builds on it. Prints
 tables in Markdown.
 """
 
@@ -14,26 +15,61 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import repmatch
 from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate
 from repmatch.curator.evaluate.results import Line
+from repmatch.curator.evaluate.retraining import RetrainRecipe
 from repmatch.curator.evaluate.statistics import interval
 
-# Training file and test file of each set, as DATA_HELP says how to get them.
+# Training file and test file of each set, as DATA_HELP says how to get them; without a test file the rows are split.
 SETS = {
     "sst2": ("sst2.train", "sst2.test"),
     "sst5": ("sst5.train", "sst5.test"),
     "trec": ("trec.train", "trec.test"),
     "snli": ("snli.train", "snli.test"),
     "cola": ("cola.train", "cola.dev"),
+    "hans-like": ("hans_regen.train", None),
 }
-BASELINES = ("random+balance=label", "embeddings+balance=label", "loss-high", "loss-low", "loss-middle")
-CHOICES = (
-    *("facility-location", "facility-location+balance=label", "facility-location+stratify=label"),
-    *("herding", "k-center", "top", "top+balance=label"),
-)
+# Options of ingest for each start.
+STARTS: dict[str, dict[str, Any]] = {
+    "cold": {},
+    "warm": {"warm_start": "640"},
+    "warm 160": {"warm_start": "160"},
+    "warm gradients": {"warm_start": "640", "optimizer": "sgd"},
+}
+FL = "facility-location"
+ALL_SIZES, TWO_SIZES = (50, 100, 200, 500), (100, 500)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Candidates that are compared in the same sizes, from one start; "" for those that need no factors."""
+
+    start: str
+    candidates: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+STAGES = {
+    "core": (
+        Part("", ("random", "full", "random+balance=label", "embeddings", "embeddings+balance=label"), ALL_SIZES),
+        Part("cold", (FL, "top", "top+balance=label"), ALL_SIZES),
+        Part("warm", (FL, f"{FL}+balance=label", f"{FL}+stratify=label", "joined"), ALL_SIZES),
+    ),
+    "wide": (
+        Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
+        Part("", ("loss-high", "loss-middle", "loss-low"), TWO_SIZES),
+        Part("warm", ("top", "top+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
+        Part("warm", (f"{FL}+matrices=*.value", "joined+stratify=label"), TWO_SIZES),
+        Part("warm 160", (FL, f"{FL}+stratify=label"), TWO_SIZES),
+        Part("warm gradients", (FL,), TWO_SIZES),
+        Part("cold", (f"{FL}+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
+    ),
+}
 DATA_HELP = """\
 Set REPMATCH_DATA to a folder of JSON lines files NAME.jsonl with "id", "text", "text_pair", "label" (text). With the
 datasets library, for example:
@@ -69,36 +105,44 @@ def progress(stage: str, done: int, total: int | None) -> None:
         print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
 
-def curves(name: str, options: argparse.Namespace, data: Path) -> Iterator[tuple[str, Line]]:
-    """Yield (start, line) of one dataset."""
-    train, test = (data / f"{part}.jsonl" for part in SETS[name])
+def files_of(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """Return the rows that are chosen from and those that are tested on."""
+    data = Path(os.environ["REPMATCH_DATA"])
+    train, test = (None if part is None else data / f"{part}.jsonl" for part in SETS[name])
     for path in (train, test):
-        if not path.is_file():
+        if path is not None and not path.is_file():
             sys.exit(f"{path} is no file.\n\n{DATA_HELP}")
-    store_path = Path(options.store)
-    store_path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = write(store_path.with_name(f"{name}.rows.jsonl"), rows_of(train, options.rows, 0))
-    held = write(store_path.with_name(f"{name}.held-out.jsonl"), rows_of(test, options.test_rows, 1))
-    for start in options.starts:
-        warm = None if start == "cold" else options.warm
-        settings = repmatch.Settings(max_length=options.max_length, warm_start=warm)
-        with repmatch.open(store_path) as store:
-            curator = repmatch.Curator(store, settings=settings, progress=progress)
-            dataset = f"{name}-{start}"
-            curator.ingest(chosen, dataset)
-            again = repmatch.Curator(store, progress=progress)
-            candidates = options.candidates or (*CHOICES, *(BASELINES if start == options.starts[0] else ()))
-            asked = EvaluateOptions(candidates=tuple(candidates), sizes=tuple(options.sizes), seeds=options.seeds)
-            found = evaluate(again, dataset, [str(held)], asked)
+    assert train is not None
+    if test is not None:
+        chosen, held = rows_of(train, options.rows, 0), rows_of(test, options.test_rows, 1)
+    else:
+        both = rows_of(train, options.rows + options.test_rows, 0)
+        held = random.Random(1).sample(both, min(options.test_rows, len(both) // 2))
+        chosen = [line for line in both if line not in set(held)]
+    return write(folder / "rows.jsonl", chosen), write(folder / "held-out.jsonl", held)
+
+
+def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]:
+    """Yield (start, line) of one dataset."""
+    folder = Path(options.stores) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen, held = files_of(name, options, folder)
+    recipe = RetrainRecipe(layers=options.layers)
+    for part in (part for stage in options.stage for part in STAGES[stage]):
+        start = part.start or "cold"
+        settings = repmatch.Settings(max_length=options.max_length, **STARTS[start])
+        dataset = f"{name}-{start.replace(' ', '-')}"
+        with repmatch.open(folder / "store") as store:
+            repmatch.Curator(store, settings=settings, progress=progress).ingest(chosen, dataset)
+            asked = EvaluateOptions(
+                candidates=part.candidates, sizes=part.sizes, seeds=options.seeds, recipe=recipe, baselines=("random",)
+            )
+            found = evaluate(repmatch.Curator(store, progress=progress), dataset, [str(held)], asked)
         for note in found.notes:
             print(f"{dataset}: {note}", file=sys.stderr)
-        common = {"random", "full", "longest", "embeddings", *BASELINES[:2]}
         for line in found.lines:
-            if line.candidate in common:
-                if start == options.starts[0]:
-                    yield "", line
-            else:
-                yield start, line
+            if line.candidate != "random" or part.candidates[0] == "random":
+                yield part.start, line
 
 
 def cell(line: Line) -> str:
@@ -158,21 +202,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=[*SETS], default=[*SETS])
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES], default=["core"], help="which candidates")
     parser.add_argument("--rows", type=int, default=2000, help="rows to choose from (default 2000)")
-    parser.add_argument("--test-rows", type=int, default=1000, help="held-out rows (default 1000)")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 200, 500])
+    parser.add_argument("--test-rows", type=int, default=500, help="held-out rows (default 500)")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--starts", nargs="+", choices=["cold", "warm"], default=["cold", "warm"])
-    parser.add_argument("--warm", default="160", help="rows of the warm start (default 160)")
-    parser.add_argument("--candidates", nargs="+", help="in place of the list in this file")
+    parser.add_argument("--layers", type=int, default=2, help="last layers that are adapted in retraining (default 2)")
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--store", default="choice/store", help="kept between runs (default choice/store)")
+    parser.add_argument("--stores", default="choice", help="folder, kept between runs (default choice)")
     parser.add_argument("--json", type=Path, dest="json_file", help="write the lines to this file")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not os.environ.get("REPMATCH_DATA"):
         sys.exit(DATA_HELP)
-    everything = {name: list(curves(name, options, Path(os.environ["REPMATCH_DATA"]))) for name in options.sets}
+    everything = {name: list(curves(name, options)) for name in options.sets}
     for name, found in everything.items():
         print("\n".join(table(name, found)), end="\n\n")
     print("\n".join(overall(everything)))

@@ -248,12 +248,12 @@ def logits_here(store_path: Path, name: str, texts: list[str]) -> torch.Tensor:
     with repmatch.open(store_path) as store:
         curator = repmatch.Curator(store)
         adapter, space = curator.adapter(name), curator.trainer.space_of("toy")
-        bench = Workbench.of_space(space, curator.settings)
+        bench = Workbench.of_space(space, curator.settings, store)
         task = bench.task(("no", "yes"))
         rows = [Row(str(i), "{}", text, None, "no", "", "", "", 0) for i, text in enumerate(texts)]
         batch = task.collate(task.encode(rows))
         batch.pop("labels")
-        module = bench.module(2)
+        module = bench.start(("no", "yes"))
         with adapted(module, space) as wrapped, torch.inference_mode():
             layers = dict(module.named_modules())
             for matrix in adapter.a:
@@ -295,6 +295,27 @@ def test_an_exported_adapter_loads_to_identical_logits(
     assert isinstance(scores, list)
     assert scores[0][1] == pytest.approx(1.0, abs=1e-6)
     assert json.loads((folder / "repmatch.json").read_text())["labels"] == ["no", "yes"]
+
+
+def test_an_adapter_of_a_warm_start_brings_the_start_along(
+    run: Run, tmp_path: Path, toy_file: Path, tiny_model: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    store, folder, texts = tmp_path / "store", tmp_path / "out", ["the film was good", "a dull plot", "bad"]
+    ingested = run("--store", store, "ingest", toy_file, "--dataset", "toy", "--model", tiny_model, "--warm-start", 20)
+    assert ingested.code == 0, ingested.err
+    done = run("--store", store, "adapter", "export", "toy", "-o", folder, "--epochs", 3, "--json")
+    assert done.code == 0, done.err
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 1 + 8
+    expected = logits_here(store, "toy", texts)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    batch = AutoTokenizer.from_pretrained(tiny_model)(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        assert loaded(**batch).logits == pytest.approx(expected, abs=1e-5)
+        assert loaded(**batch).logits.std() > 0.01
 
 
 def test_export_leaves_the_shared_model_as_it_was(run: Run, toy_store: Path, tmp_path: Path) -> None:

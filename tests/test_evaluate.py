@@ -11,10 +11,10 @@ from torch.nn import functional
 
 import repmatch
 from repmatch.curator import start
-from repmatch.curator.evaluate.candidates import imbalance, parse
+from repmatch.curator.evaluate.candidates import imbalance, nearest_to_centres, parse
 from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate, read_test
 from repmatch.curator.evaluate.results import Trial, summarise
-from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, order, retrain
+from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, Trainer, order
 from repmatch.curator.settings import Settings
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row
@@ -52,18 +52,20 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("held") / "held.jsonl", fresh)
 
 
-def literal_losses(bench: Workbench, job: Job, recipe: RetrainRecipe) -> tuple[list[float], torch.nn.Module]:
+def literal_losses(
+    bench: Workbench, job: Job, recipe: RetrainRecipe, names: list[str] | None = None
+) -> tuple[list[float], torch.nn.Module]:
     """Train with peft's LoRA layers and torch's optimiser on one selection, and return its losses."""
     from peft import LoraConfig, get_peft_model
 
     module, task = bench.module(2), bench.task(LABELS)
-    names = list(bench.space.layout.names)
+    names = names or list(bench.space.layout.names)
     with torch.random.fork_rng(devices=[]):
         config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), lora_dropout=0.0, target_modules=names)
         wrapped = get_peft_model(module, config)
     layers = dict(module.named_modules())
     with torch.no_grad():
-        for matrix in bench.space.matrices:
+        for matrix in (m for m in bench.space.matrices if m.name in names):
             a = start.draw_a(job.seed, matrix.name, recipe.rank, matrix.d_in)
             layers[matrix.name].lora_A["default"].weight.copy_(torch.from_numpy(a))
         kept = module.classifier.weight.clone(), module.classifier.bias.clone()
@@ -101,9 +103,9 @@ def test_side_by_side_equals_one_by_one_and_the_literal_training(bench: Workbenc
     test = task.encode(rows_of(toy_rows(24)[10:]))
     recipe = RetrainRecipe(steps=6, batch_size=4, rank=2, learning_rate=1e-2)
     jobs = [Job(examples[:10], 0), Job(examples[10:13], 0), Job(examples[20:45], 1)]
-    together = retrain(bench, LABELS, jobs, test, recipe)
+    together = Trainer(bench, LABELS, recipe).retrain(jobs, test)
     for job, found in zip(jobs, together, strict=True):
-        (alone,) = retrain(bench, LABELS, [job], test, recipe)
+        (alone,) = Trainer(bench, LABELS, recipe).retrain([job], test)
         losses, _ = literal_losses(bench, job, recipe)
         assert alone.last_loss == pytest.approx(losses[-1], rel=1e-4)
         assert found.last_loss == pytest.approx(losses[-1], rel=1e-4)
@@ -198,12 +200,46 @@ def test_candidates_by_name() -> None:
     assert parse("random+stratify=area code").stratify == "area code"
     with pytest.raises(UnknownNameError, match="did you mean 'facility-location'"):
         parse("facility-locatoin")
-    with pytest.raises(UsageError, match=r"expected NAME, NAME\+balance=FIELD"):
+    with pytest.raises(UsageError, match=r"'label' is no rule; expected NAME, or NAME\+RULE"):
         parse("random+label")
     with pytest.raises(UsageError, match="takes no rule"):
         parse("full+balance=label")
+    with pytest.raises(UsageError, match="random is a baseline"):
+        parse("random+signed")
+    several = parse("facility-location+balance=label+signed+matrices=*.value")
+    assert (several.balance, several.signed, several.matrices) == ("label", True, "*.value")
     with pytest.raises(UsageError, match="--seeds 0"):
         EvaluateOptions(seeds=0)
+
+
+def test_rows_nearest_to_centres_cover_the_clusters() -> None:
+    rng = np.random.default_rng(0)
+    centres = np.eye(4, dtype=np.float32)
+    rows = np.repeat(centres, 10, axis=0) + rng.normal(0, 0.01, (40, 4)).astype(np.float32)
+    picks = nearest_to_centres(rows, 4)
+    assert sorted(picks // 10) == [0, 1, 2, 3]
+    assert len(set(nearest_to_centres(np.repeat(centres, 10, axis=0), 20).tolist())) == 20  # empty clusters
+
+
+@pytest.mark.parametrize("upper", [1, 2])
+def test_lower_layers_run_once_change_nothing(bench: Workbench, upper: int) -> None:
+    task = bench.task(LABELS)
+    examples, test = task.encode(rows_of(toy_rows())), task.encode(rows_of(toy_rows(24)[10:]))
+    recipe = RetrainRecipe(steps=4, batch_size=4, rank=2, layers=upper)
+    jobs = [Job(examples[:10], 0), Job(examples[10:30], 1)]
+    short = Trainer(bench, LABELS, recipe)
+    found = short.retrain(jobs, test)
+    whole = Trainer(bench, LABELS, recipe)
+    whole.lower = None  # the same upper matrices, every layer run
+    kept = list(short.space.matrices)
+    assert all(
+        int(m.name.split(".layer.")[1].split(".")[0]) >= bench.module(2).config.num_hidden_layers - upper for m in kept
+    )
+    for a, b in zip(found, whole.retrain(jobs, test), strict=True):
+        assert a.last_loss == pytest.approx(b.last_loss, rel=1e-4)
+        assert a.right == b.right
+    literal, _ = literal_losses(bench, jobs[0], recipe, [m.name for m in kept])
+    assert found[0].last_loss == pytest.approx(literal[-1], rel=1e-4)
 
 
 def test_imbalance_by_hand() -> None:

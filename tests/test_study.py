@@ -10,15 +10,19 @@ import pytest
 from conftest import Run, toy_rows, write_rows
 
 import repmatch
+from repmatch.curator import start
 from repmatch.curator.scoring import directions
+from repmatch.curator.study.batches import _Draw, _gradients, study_batches
 from repmatch.curator.study.fields import study_field
+from repmatch.curator.study.information import _compared, study_information
 from repmatch.curator.study.layers import study_layers
 from repmatch.curator.study.nearest import expected, precision
 from repmatch.curator.study.seeds import SeedStudy, study_seeds
 from repmatch.curator.study.spaces import study_spaces
-from repmatch.curator.training import Recipe
+from repmatch.curator.training import Recipe, train
+from repmatch.curator.workbench import Workbench
 from repmatch.errors import SelectionError, SpaceMismatchError, UnknownNameError, UsageError
-from repmatch.similarity import kernel_block, matrix_scores
+from repmatch.similarity import kernel_block, matrix_scores, orthonormal
 
 
 def test_precision_counts_the_nearest_but_never_the_query_itself() -> None:
@@ -150,6 +154,62 @@ def test_the_verdict_tells_likeness_in_units_of_the_noise() -> None:
     assert "training is unstable" in unstable[1]
 
 
+def test_a_batch_is_the_step_that_training_takes_on_it(toy_store: Path) -> None:
+    with repmatch.open(toy_store) as store:
+        trainer = repmatch.Curator(store).trainer
+        space, known = trainer.space_of("toy"), store.dataset("toy")
+        ids = store.ids("toy")[:4]
+        gradients, labels = _gradients(trainer, "toy", ids)
+        a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
+        drawn = _Draw(space, gradients, np.array(labels), a, np.random.default_rng(0))
+        bench = Workbench.of_space(space, trainer.settings, store)
+        task = bench.task(known.labels)
+        examples = task.encode(list(store.tasks("toy", ids=list(ids))))
+        recipe = Recipe(batch_size=4, epochs=1, max_steps=1)
+        trained = train(bench.start(known.labels), space, task, examples, recipe)
+        literal = [orthonormal(trained.b[m.name], trained.a[m.name]) for m in space.matrices]
+        assert matrix_scores(drawn.step([0, 1, 2, 3]), literal) == pytest.approx(1.0, abs=1e-4)
+        found = study_batches(trainer, "toy", sizes=(1, 2, 8))
+        assert found.inside[0] == pytest.approx(1.0)
+        assert (found.inside > found.outside)[:2].all()
+        assert np.isnan(found.alike[0])
+        assert not np.isnan(found.alike[1:]).any()
+        assert any("batch" in said for said in found.verdict())
+        with pytest.raises(UsageError, match="from 1 on"):
+            study_batches(trainer, "toy", sizes=(0,))
+        with pytest.raises(SelectionError, match="batches of 900"):
+            study_batches(trainer, "toy", sizes=(900,))
+
+
+def test_what_lora_holds_of_a_full_update() -> None:
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.normal(size=(6, 3)))
+    delta = u @ np.diag([3.0, 2.0, 1.0]) @ np.linalg.qr(rng.normal(size=(5, 3)))[0].T
+    vectors, values, _ = np.linalg.svd(delta, full_matrices=False)
+    b = (u[:, [0, 2]] * 7.0).astype(np.float32)  # the first and the third direction
+    overlap, captured, best = _compared(b, delta, vectors, values)
+    assert overlap == pytest.approx(0.5)
+    assert captured == pytest.approx((9 + 1) / 14)
+    assert best == pytest.approx((9 + 4) / 14)
+    assert _compared(b, np.zeros((6, 5)), vectors, np.zeros(5)) == (0.0, 0.0, 0.0)
+
+
+def test_lora_and_full_fine_tuning_are_trained_on_the_same_rows(toy_store: Path) -> None:
+    with repmatch.open(toy_store) as store:
+        trainer = repmatch.Curator(store, recipe=Recipe(epochs=2, batch_size=8, learning_rate=1e-2)).trainer
+        found = study_information(trainer, "toy", ranks=(1, 2), rate=1e-3)
+        n = len(store.ids("toy"))
+        assert found.held == round(0.2 * n)
+        assert found.trained + found.held == n
+        assert found.chance == pytest.approx(np.array([1, 2]) / 32)
+        assert (found.captured <= found.best + 1e-9).all()
+        assert found.captured[1] > found.captured[0]
+        assert found.full_loss < 1.0
+        assert "held-out instances" in found.verdict()[0] or "neither learns" in found.verdict()[0]
+        with pytest.raises(UsageError, match="1 to 32"):
+            study_information(trainer, "toy", ranks=(0,))
+
+
 def test_the_commands_print_tables_and_json(run: Run, toy_store: Path) -> None:
     at = ("--store", toy_store, "study")
     shown = run(*at, "field", "toy", "--field", "group")
@@ -164,3 +224,9 @@ def test_the_commands_print_tables_and_json(run: Run, toy_store: Path) -> None:
     assert "without it" in run(*at, "layers", "toy").out
     seeds = run(*at, "seeds", "toy", "--seeds", 2, "--epochs", 1, "--no-halves")
     assert "toy: the same rows in another order score" in seeds.out
+    batches = run(*at, "batches", "toy", "--sizes", "1,2")
+    assert batches.out.splitlines()[1].split()[:2] == ["1", "1.0000"]
+    assert run(*at, "batches", "toy", "--sizes", "1,two").code == 2
+    (full,) = run(*at, "information", "toy", "--ranks", 1, "--epochs", 1, "--json").objects
+    assert full["ranks"] == [1]
+    assert "LoRA, rank 1" in run(*at, "information", "toy", "--ranks", 1, "--epochs", 1).out

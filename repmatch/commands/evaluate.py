@@ -18,12 +18,17 @@ from repmatch.context import Context, device_option, examples, json_option, mode
     "strategies",
     multiple=True,
     metavar="S",
-    help="NAME, NAME+balance=FIELD or NAME+stratify=FIELD; may be repeated.  [default: facility-location]",
+    help="NAME, or NAME+RULE+...; may be repeated.  [default: facility-location]",
 )
 @click.option("--coreset", "coresets", multiple=True, metavar="NAME", help="A stored coreset; may be repeated.")
 @click.option("--sizes", default="50,100,200", show_default=True, help="Rows or shares such as 5%, comma between.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Trainings of each selection.")
 @click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="Optimiser steps of each.")
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    help="Adapt this many of the last layers; those below run once a row, which is faster.  [default: all]",
+)
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves: .png, .svg.")
 @model_option
 @device_option
@@ -47,23 +52,28 @@ def evaluate(
 
     \b
     Baselines by name, beside the strategies of select:
-      random, full, longest, embeddings, loss-high, loss-low, loss-middle
+      random, full, longest, embeddings, embeddings-k-means, joined, loss-high, loss-low, loss-middle
+    
+    Rules, with + between:
+      balance=FIELD, stratify=FIELD; for strategies of select also signed, matrices=PATTERN, represent=NAME
     """  # noqa: D301 -- click reads the backspace: keep these lines apart
-    from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate_with_steps
+    from repmatch.curator.evaluate.evaluation import EvaluateOptions, recipe_of
+    from repmatch.curator.evaluate.evaluation import evaluate as run
 
     options = EvaluateOptions(
         candidates=given.pop("strategies") or ("facility-location",),
         coresets=given.pop("coresets"),
         sizes=tuple(part.strip() for part in sizes.split(",") if part.strip()),
         seeds=given.pop("seeds"),
+        recipe=recipe_of(steps=given.pop("steps"), layers=given.pop("layers")),
     )
-    steps, tests = given.pop("steps"), given.pop("tests")
+    tests = given.pop("tests")
     if picture is not None:
         from repmatch.curator.evaluate.plot import check_plot
 
         check_plot(picture)
     with context.open(as_json=as_json, wait=wait) as store:
-        found = evaluate_with_steps(context.curator(store, **given), dataset, tests, options, steps)
+        found = run(context.curator(store, **given), dataset, tests, options)
     output = context.output
     output.close()
     for note in found.notes:

@@ -159,3 +159,81 @@ def spaces(context: Context, /, names: tuple[str, ...], as_json: bool) -> None:
     output.table(["", *found.names], [[name, *row] for name, row in tables])
     for said in found.verdict():
         output.line(said)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{text!r}; expected numbers with commas between, such as 1,4,16.") from None
+
+
+@study.command()
+@click.argument("dataset")
+@click.option("--sizes", default="1,2,4,8,16,32", show_default=True, help="Instances in a batch, comma between.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of batches.")
+@model_option
+@device_option
+@json_option
+@pass_context
+@examples("repmatch study batches reviews --sizes 1,4,16")
+def batches(context: Context, /, dataset: str, sizes: str, seed: int, as_json: bool, **given: Any) -> None:
+    """How would the factors of DATASET's instances change if they were learned in batches?"""
+    from repmatch.curator.study.batches import study_batches
+
+    numbers = _numbers(sizes)
+    with context.open(as_json=as_json) as store:
+        found = study_batches(context.curator(store, **given).trainer, dataset, sizes=numbers, seed=seed)
+    output = context.output
+    output.close()
+    if as_json:
+        output.json(found.as_json())
+        return
+    named = (found.inside, found.outside, found.alike, found.mixed)
+    cells = [[b, *("" if x != x else f"{x:.4f}" for x in row)] for b, *row in zip(found.sizes, *named, strict=True)]
+    output.table(["batch", "holds it", "does not", "others of its label", "others of other labels"], cells)
+    for said in found.verdict():
+        output.line(said)
+
+
+@study.command()
+@click.argument("name", metavar="NAME")
+@click.option("--ranks", default="1,2,4,8", show_default=True, help="Of LoRA, comma between.")
+@click.option("--full-rate", type=float, default=1e-4, show_default=True, help="Learning rate of full fine-tuning.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of held-out instances.")
+@epochs_option
+@model_option
+@device_option
+@wait_option
+@json_option
+@pass_context
+@examples("repmatch study information reviews --ranks 1,4 --epochs 1")
+def information(
+    context: Context, /, name: str, ranks: str, full_rate: float, seed: int, as_json: bool, wait: float, **given: Any
+) -> None:
+    """Does LoRA lose what full fine-tuning of the same matrices would learn?
+
+    A fifth of NAME (a dataset, subset, coreset or 'DATASET[SQL]') is held out; head, order and steps are the same.
+    """
+    from repmatch.curator.study.information import study_information
+
+    numbers = _numbers(ranks)
+    with context.open(as_json=as_json, wait=wait) as store:
+        trainer = context.curator(store, **given).trainer
+        found = study_information(trainer, name, ranks=numbers, rate=full_rate, seed=seed)
+    output = context.output
+    output.close()
+    if as_json:
+        output.json(found.as_json())
+        return
+    rows = zip(found.ranks, found.accuracy, found.loss, found.overlap, found.chance, found.captured, strict=True)
+    cells = [
+        [f"LoRA, rank {r}", f"{a:.1%}", f"{n:.3f}", f"{o:.3f}", f"{c:.3f}", f"{s:.1%}"] for r, a, n, o, c, s in rows
+    ]
+    full = ["full fine-tuning", f"{found.full_accuracy:.1%}", f"{found.full_loss:.3f}", "", "", ""]
+    start = ["before training", f"{found.start_accuracy:.1%}", "", "", "", ""]
+    output.line(f"{found.trained} instances trained on, {found.held} tested on")
+    header = ["by", "accuracy", "loss", "directions shared", "chance", "of the full update"]
+    output.table(header, [start, *cells, full])
+    for said in found.verdict():
+        output.line(said)

@@ -9,8 +9,11 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from repmatch.curator.export import versions
 from repmatch.curator.lora import WEIGHTS, Lora, as_adapter, is_path, of_adapter, read_lora
@@ -50,7 +53,8 @@ def export_adapter(trainer: Trainer, name: str, folder: Path, *, replace: bool =
     """Write a subset adapter as a peft checkpoint, trained first where it is not in the store.
 
     The head that scores are made with is drawn from the space's seed and is in no published checkpoint, so it goes into
-    the file too (peft's `modules_to_save`), and so does the pooler, which some checkpoints lack.
+    the file too (peft's `modules_to_save`), and so does the pooler, which some checkpoints lack. Where the space has a
+    warm start, its factors stand beside the subset's in one adapter of the summed rank, with the trained head.
 
     Args:
         trainer: gives the adapter.
@@ -63,7 +67,7 @@ def export_adapter(trainer: Trainer, name: str, folder: Path, *, replace: bool =
 
     Raises:
         UsageError: the folder is there already, its parent is not, or the adapter was imported.
-        RepMatchError: it cannot be written, or the space has a warm start.
+        RepMatchError: it cannot be written.
     """
     if _imported_of(trainer.store, name) is not None:
         raise UsageError(f"{name!r} was imported and has no head to go with it; use the checkpoint that it came from.")
@@ -74,11 +78,6 @@ def export_adapter(trainer: Trainer, name: str, folder: Path, *, replace: bool =
         raise UsageError(f"there is no folder {folder.parent}; make it first: mkdir -p {folder.parent}")
     dataset = trainer.store.resolve(name).dataset
     space, labels = trainer.space_of(dataset), trainer.store.dataset(dataset).labels
-    if space.warm_start is not None:
-        raise RepMatchError(
-            f"the space of {dataset!r} starts from the warm adapter {space.warm_start}, which peft would not apply "
-            "to the base model first; adapters of warm spaces cannot be exported."
-        )
     adapter = trainer.adapter(name)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -113,10 +112,11 @@ def hub_name(space: Space) -> str:
 def _write(trainer: Trainer, adapter: Adapter, space: Space, labels: Sequence[str], folder: Path) -> tuple[str, ...]:
     from repmatch.curator.workbench import Workbench
 
-    bench = Workbench.of_space(space, trainer.settings)
-    module = bench.module(len(labels))
+    bench = Workbench.of_space(space, trainer.settings, trainer.store)
+    module = bench.start(labels)
     saved = saved_modules(module)
-    _save_with_peft(module, adapter, space, saved, folder)
+    whole, shape = (adapter, space) if bench.warm is None else _on_top(adapter, space, bench.warm)
+    _save_with_peft(module, whole, shape, saved, folder)
     about = {
         "format": "repmatch-adapter-1",
         "subset": adapter.subset,
@@ -130,6 +130,18 @@ def _write(trainer: Trainer, adapter: Adapter, space: Space, labels: Sequence[st
     (folder / RECORD).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(adapter, space, labels), encoding="utf-8")
     return saved
+
+
+def _on_top(adapter: Adapter, space: Space, warm: Adapter) -> tuple[Adapter, Space]:
+    """Return an adapter that does to the cold base what another does to the base with a warm start merged into it.
+
+    Side by side, ΔW + ΔW' = [s·B | s'·B'] [A; A'], with s = alpha / r of each.
+    """
+    scale, own = space.alpha / space.rank, float(warm.recipe["alpha"]) / int(warm.recipe["rank"])
+    a = {name: np.concatenate((value, warm.a[name])) for name, value in adapter.a.items()}
+    b = {name: np.concatenate((scale * value, own * warm.b[name]), axis=1) for name, value in adapter.b.items()}
+    rank = space.rank + int(warm.recipe["rank"])
+    return replaced(adapter, a=a, b=b), replaced(space, rank=rank, alpha=float(rank))
 
 
 def saved_modules(module: nn.Module) -> tuple[str, ...]:
@@ -185,8 +197,8 @@ def _card(adapter: Adapter, space: Space, labels: Sequence[str]) -> str:
     shown = json.dumps(list(labels), ensure_ascii=False)
     template = (
         "---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, repmatch]\n---\n\n# LoRA adapter of {subset}\n\n"
-        "Trained by repmatch on {instances} instances in {steps} steps, base model and head frozen. The head is the "
-        "random one of the seed {seed}; it is in this checkpoint, as is the pooler where the model has one. "
+        "Trained by repmatch on {instances} instances in {steps} steps, base and head frozen. The head is {head}; "
+        "it is in this checkpoint, as is the pooler where the model has one. "
         "Tokens kept: {length}. Labels, in the order of the logits: {labels}.\n\n```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
@@ -201,7 +213,11 @@ def _card(adapter: Adapter, space: Space, labels: Sequence[str]) -> str:
         subset=adapter.subset,
         instances=record.get("instances", "?"),
         steps=record.get("steps", "?"),
-        seed=space.seed,
+        head=(
+            f"the random one of the seed {space.seed}"
+            if space.warm_start is None
+            else "that of a warm start, whose factors are part of this adapter"
+        ),
         length=space.max_length,
         labels=shown,
     )

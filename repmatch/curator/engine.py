@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from repmatch.curator import layers, optimizers, start
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing
-from repmatch.curator.shortcuts import first_token_only, last_block
+from repmatch.curator.shortcuts import first_token_only, last_block, needs_first_token_only
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError
@@ -132,14 +132,7 @@ class FactorEngine:
         if self._block is None or self._block_is_right is not None:
             return
         few = {name: value[:2] for name, value in inputs.items()}
-        with torch.no_grad():
-            whole = self._loss(self.module, few)
-            with first_token_only(self._block):
-                short = self._loss(self.module, few)
-        finite = torch.isfinite(whole)
-        if finite.any():  # a loss that is not finite says nothing
-            same = torch.allclose(whole[finite], short[finite], rtol=1e-4, atol=1e-5)
-            self._block_is_right = same and bool((torch.isfinite(short) == finite).all())
+        self._block_is_right = needs_first_token_only(self.module, self._block, self._loss, few)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

@@ -121,10 +121,8 @@ def inspect(store: Store, dataset: str, instance: str, *, k: int = 5) -> Inspect
     factors = store.factors(dataset, ids=[instance])
     alive = bool(factors.norms.max(initial=0.0) > 0.0)
     ids = store.ids(dataset)
-    quoted, name = instance.replace("'", "''"), dataset.replace("'", "''")
-    found = store.sql(
-        f"SELECT loss, tokens, truncated FROM instances WHERE dataset = '{name}' AND id = '{quoted}'"
-    ).row(0, named=True)
+    asked = "SELECT loss, tokens, truncated FROM instances WHERE dataset = ? AND id = ?"
+    found = store.sql(asked, [dataset, instance]).row(0, named=True)
     return Inspection(
         dataset=dataset,
         row=row,
@@ -160,10 +158,10 @@ def _opposed(store: Store, dataset: str, query: Factors, k: int) -> tuple[tuple[
 
 
 def _scores(store: Store, dataset: str, instance: str) -> dict[str, tuple[float, tuple[float, ...]]]:
-    quoted, name = instance.replace("'", "''"), dataset.replace("'", "''")
     rows = store.sql(
         "SELECT a.subset, s.score, s.per_matrix FROM scores s JOIN adapters a ON a.id = s.adapter "
-        f"WHERE s.dataset = '{name}' AND s.id = '{quoted}' ORDER BY a.created, a.subset"
+        "WHERE s.dataset = ? AND s.id = ? ORDER BY a.created, a.subset",
+        [dataset, instance],
     )
     return {subset: (float(score), tuple(float(v) for v in layers)) for subset, score, layers in rows.iter_rows()}
 

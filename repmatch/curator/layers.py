@@ -55,6 +55,19 @@ def matrix_of(name: str, layer: Any) -> Matrix:
     return Matrix(name, layer.out_features, layer.in_features)
 
 
+def as_matrix(layer: Any, weight: Tensor) -> Tensor:
+    """Return a layer's weight, or a change of it, as the matrix that `matrix_of` speaks of.
+
+    Args:
+        layer: an adaptable layer.
+        weight: in the layer's own shape.
+
+    Returns:
+        (d_out, d_in).
+    """
+    return weight.T if _is_conv1d(layer) else weight.flatten(1)
+
+
 def project(layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:
     """Compute A x at every position, one A for all instances.
 

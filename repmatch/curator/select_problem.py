@@ -243,8 +243,7 @@ def _column(store: Store, dataset: str, name: str, ids: tuple[str, ...]) -> list
 def _costs(store: Store, dataset: str, name: str, ids: tuple[str, ...]) -> NDArray[np.float64]:
     """Return what each instance costs: the tokens that the model read of it, or a column of numbers."""
     if name == "tokens":
-        quoted = dataset.replace("'", "''")
-        found = store.sql(f"SELECT id, tokens FROM instances WHERE dataset = '{quoted}'")
+        found = store.sql("SELECT id, tokens FROM instances WHERE dataset = ?", [dataset])
         tokens = dict(zip(found["id"].to_list(), found["tokens"].to_list(), strict=True))
         return np.array([float(tokens[i] or 0) for i in ids])
     out = np.empty(len(ids))

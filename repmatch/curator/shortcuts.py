@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +51,34 @@ def first_token_only(block: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def needs_first_token_only(
+    module: nn.Module,
+    block: nn.Module,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    inputs: Mapping[str, Tensor],
+) -> bool | None:
+    """Try whether the loss is the same without the last layer's other tokens.
+
+    Args:
+        module: the model.
+        block: from `last_block`.
+        loss: maps (module, inputs) to the loss of each instance.
+        inputs: a few instances.
+
+    Returns:
+        Whether it is; None where no loss is finite, which says nothing.
+    """
+    with torch.no_grad():
+        whole = loss(module, inputs)
+        with first_token_only(block):
+            short = loss(module, inputs)
+    finite = torch.isfinite(whole)
+    if not finite.any():
+        return None
+    same = torch.allclose(whole[finite], short[finite], rtol=1e-4, atol=1e-5)
+    return same and bool((torch.isfinite(short) == finite).all())
 
 
 def _cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -166,8 +166,7 @@ def suspects(store: Store, dataset: str, *, k: int = 20) -> Suspects:
     factors = store.factors(dataset)
     if len(factors) < 2:
         raise SelectionError(f"the dataset {dataset!r} has {len(factors)} factors; suspects are told from two or more.")
-    quoted = dataset.replace("'", "''")
-    frame = store.sql(f"SELECT id, loss FROM instances WHERE dataset = '{quoted}' AND loss IS NOT NULL")
+    frame = store.sql("SELECT id, loss FROM instances WHERE dataset = ? AND loss IS NOT NULL", [dataset])
     held = dict(zip(frame["id"].to_list(), frame["loss"].to_list(), strict=True))
     losses = np.array([held[name] for name in factors.ids], np.float64)
     asked = oppose(factors)

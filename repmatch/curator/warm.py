@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 RANK = 8
 ALPHA = 16.0
 RATE = 3e-3
+# Rate times steps, at most: AdamW moves every weight by about its rate a step, and a start that has moved far knows its
+# own rows by heart, wrong labels among them.
+DISTANCE = 0.2
 PASSES = 5
 BATCH = 16
 STEPS = (10, 200)
@@ -115,13 +118,14 @@ def train(
     examples = task.encode(rows)
     steps = min(max(STEPS[0], math.ceil(PASSES * len(rows) / BATCH)), STEPS[1])
     epochs = math.ceil(steps / math.ceil(len(rows) / BATCH))
-    recipe = Recipe(RATE, 0.01, epochs, BATCH, steps, bench.space.seed)
+    rate = min(RATE, DISTANCE / steps)
+    recipe = Recipe(rate, 0.01, epochs, BATCH, steps, bench.space.seed)
     space = replace(bench.space, rank=RANK, alpha=ALPHA)
     seed = int(start.generator(space.seed, "warm-start").integers(2**31))
     module = shared_copy(bench.module(len(labels)))
     head = _own_head(module) if space.task in _HEADED else {}
     stack = AdapterStack(module, space, [seed], torch.device(bench.device))
-    optimizer = torch.optim.AdamW([*stack.parameters, *head.values()], lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([*stack.parameters, *head.values()], lr=rate, weight_decay=0.01)
     losses: list[float] = []
     with torch.enable_grad(), stack.attached():
         for at in batches(examples, recipe):

@@ -100,12 +100,13 @@ class Instances(Datasets):
         columns = ", ".join(f"i.{name}" for name in ROW_COLUMNS.split(", "))
         return (Row(*row) for rows in self._chunks(keys, columns) for row in rows)
 
-    def sql(self, query: str) -> pl.DataFrame:
+    def sql(self, query: str, parameters: Sequence[object] = ()) -> pl.DataFrame:
         """Run a query of the user's over the documented views, read-only and without access to files.
 
         Args:
             query: one SELECT over instances, datasets, spaces, scores, coresets, picks, subsets, factors, segments,
                 runs, adapters, quarantine; docs/store.md describes them.
+            parameters: values for the question marks in it.
 
         Returns:
             The result.
@@ -115,14 +116,15 @@ class Instances(Datasets):
         """
         import polars as pl
 
-        out = pl.from_arrow(self.arrow(query))
+        out = pl.from_arrow(self.arrow(query, parameters))
         return out if isinstance(out, pl.DataFrame) else out.to_frame()
 
-    def arrow(self, query: str) -> Any:
+    def arrow(self, query: str, parameters: Sequence[object] = ()) -> Any:
         """Run a query as `sql` does.
 
         Args:
             query: one SELECT over the documented views.
+            parameters: values for the question marks in it.
 
         Returns:
             The result as a `pyarrow.Table`.
@@ -138,7 +140,7 @@ class Instances(Datasets):
                 statements = conn.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise UsageError("the store takes one SELECT at a time, and nothing that writes.")
-                return conn.sql(query).to_arrow_table()
+                return conn.sql(query, params=list(parameters) or None).to_arrow_table()
             except duckdb.Error as error:
                 raise UsageError(f"the query cannot be run: {error}") from error
 

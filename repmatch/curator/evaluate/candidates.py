@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError, UnknownNameError, UsageError
 from repmatch.selectors import Constraints, facility_location, random, strategies, top
+from repmatch.similarity import mean_scores
 
 if TYPE_CHECKING:
     from repmatch.curator.curator import Curator
@@ -21,13 +23,17 @@ BASELINES = {
     "full": "every row",
     "longest": "the rows with most tokens",
     "embeddings": "facility location on mean-pooled embeddings of the same model",
+    "embeddings-k-means": "of every k-means cluster of these embeddings the row nearest to its centre",
+    "joined": "facility location on the sum of the RepMatch kernel and that of the embeddings, each over its mean",
     "loss-high": "the rows with the highest loss at the start",
     "loss-low": "the rows with the lowest loss at the start",
     "loss-middle": "the rows whose loss is nearest to the median",
 }
 ALWAYS = ("random", "full", "longest", "embeddings")
 MOST_EMBEDDED = 30_000  # rows whose n × n similarities are held, 3.6 GB
-_RULE = re.compile(r"(balance|stratify)=(.+)")
+_RULE = re.compile(r"(balance|stratify|matrices|represent)=(.+)")
+_ONLY_STRATEGIES = "signed, matrices=PATTERN and represent=NAME"
+GRAMMAR = "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, matrices=PATTERN, represent=NAME"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Candidate:
         coreset: whether it is a stored coreset.
         balance: column of which every value gets the same number of picks.
         stratify: column whose proportions are kept.
+        signed: by the cosine of ΔW.
+        matrices: pattern of the matrices that count.
+        represent: the set that the picks should stand for.
     """
 
     text: str
@@ -47,6 +56,9 @@ class Candidate:
     coreset: bool = False
     balance: str | None = None
     stratify: str | None = None
+    signed: bool = False
+    matrices: str | None = None
+    represent: str | None = None
 
     @property
     def drawn(self) -> bool:
@@ -63,27 +75,31 @@ def parse(text: str) -> Candidate:
     """Read a candidate.
 
     Args:
-        text: "NAME", "NAME+balance=FIELD" or "NAME+stratify=FIELD".
+        text: "NAME", or "NAME+RULE+..." with the rules balance=FIELD, stratify=FIELD, signed, matrices=PATTERN and
+            represent=NAME; the last three go with strategies only.
 
     Returns:
         The candidate.
 
     Raises:
         UnknownNameError: no strategy or baseline has that name.
-        UsageError: the rule is none, or goes with no choice.
+        UsageError: a rule is none, or goes with no choice.
     """
-    name, plus, rule = text.strip().partition("+")
+    name, *rules = (part.strip() for part in text.strip().split("+"))
     known = {*strategies(), *BASELINES}
     if name not in known:
         raise UnknownNameError.of("strategy or baseline", name, known, "stored coresets are named with --coreset")
-    if not plus:
-        return Candidate(text.strip(), name)
-    match = _RULE.fullmatch(rule.strip())
-    if match is None:
-        raise UsageError(f"{text!r}: expected NAME, NAME+balance=FIELD or NAME+stratify=FIELD after the +.")
-    if name == "full":
-        raise UsageError(f"{text!r}: the full dataset takes no rule; leave +{rule} out.")
-    return Candidate(text.strip(), name, False, **{match[1]: match[2].strip()})
+    if name == "full" and rules:
+        raise UsageError(f"{text!r}: the full dataset takes no rule; leave +{rules[0]} out.")
+    given: dict[str, Any] = {}
+    for rule in rules:
+        match = _RULE.fullmatch(rule)
+        if match is None and rule != "signed":
+            raise UsageError(f"{text!r}: {rule!r} is no rule; expected {GRAMMAR}.")
+        given |= {"signed": True} if match is None else {match[1]: match[2].strip()}
+    if name in BASELINES and given.keys() - {"balance", "stratify"}:
+        raise UsageError(f"{text!r}: {name} is a baseline; {_ONLY_STRATEGIES} go with strategies of select.")
+    return Candidate(text.strip(), name, **given)
 
 
 @dataclass
@@ -107,7 +123,7 @@ class Pool:
     losses: NDArray[np.float64]
     tokens: NDArray[np.int64]
     embed: Callable[[], NDArray[np.float32]]
-    _kernel: NDArray[np.float32] | None = field(default=None, repr=False)
+    _rows: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def choose(self, candidate: Candidate, k: int, seed: int) -> tuple[str, ...]:
         """Choose k rows.
@@ -130,7 +146,11 @@ class Pool:
         if candidate.name not in BASELINES:
             return self._selected(candidate, k)
         rules = self._rules(candidate)
-        if candidate.name == "random":
+        if candidate.name == "embeddings-k-means":
+            picks = nearest_to_centres(self._embedded(), k)
+        elif candidate.name == "joined":
+            picks = facility_location(self._joined_kernel(), k, constraints=rules).indices
+        elif candidate.name == "random":
             picks = random(len(self.ids), k, seed, constraints=rules).indices
         elif candidate.name == "embeddings":
             picks = facility_location(self._embedding_kernel(), k, constraints=rules).indices
@@ -154,7 +174,14 @@ class Pool:
 
     def _selected(self, candidate: Candidate, k: int) -> tuple[str, ...]:
         found = self.curator.select(
-            self.dataset, k, strategy=candidate.name, balance=candidate.balance, stratify=candidate.stratify
+            self.dataset,
+            k,
+            strategy=candidate.name,
+            balance=candidate.balance,
+            stratify=candidate.stratify,
+            signed=candidate.signed,
+            matrices=() if candidate.matrices is None else (candidate.matrices,),
+            represent=candidate.represent,
         )
         return found.ids
 
@@ -167,16 +194,59 @@ class Pool:
         values = ["(none)" if held[i] is None else str(held[i]) for i in self.ids]
         return Constraints(balance=values) if candidate.balance else Constraints(stratify=values)
 
-    def _embedding_kernel(self) -> NDArray[np.float32]:
-        if self._kernel is None:
+    def _embedded(self) -> NDArray[np.float32]:
+        if self._rows is None:
             if len(self.ids) > MOST_EMBEDDED:
                 raise SelectionError(
                     f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more "
                     f"than {MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
                 )
-            rows = self.embed()
-            self._kernel = np.maximum(rows @ rows.T, 0.0)
-        return self._kernel
+            self._rows = self.embed()
+        return self._rows
+
+    def _embedding_kernel(self) -> NDArray[np.float32]:
+        rows = self._embedded()
+        kernel: NDArray[np.float32] = np.maximum(rows @ rows.T, 0.0)
+        return kernel
+
+    def _joined_kernel(self) -> NDArray[np.float32]:
+        factors = self.curator.store.factors(self.dataset, ids=self.ids)
+        one, other = mean_scores(factors, factors), self._embedding_kernel()
+        kernel: NDArray[np.float32] = (one / one.mean() + other / other.mean()).astype(np.float32)
+        return kernel
+
+
+def nearest_to_centres(rows: NDArray[np.float32], k: int, seed: int = 0) -> NDArray[np.int64]:
+    """Cluster rows by k-means and return the row nearest to each centre.
+
+    Args:
+        rows: (n, d).
+        k: clusters, 1 to n.
+        seed: of the start (k-means++).
+
+    Returns:
+        k positions, those of the largest clusters first.
+    """
+    cluster: Any = __import__("scipy.cluster.vq", fromlist=["kmeans2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of empty clusters, which are seen to below
+        _, found = cluster.kmeans2(rows.astype(np.float64), k, minit="++", seed=seed, iter=50)
+    picks: list[int] = []
+    for label in np.argsort(-np.bincount(found, minlength=k), kind="stable"):
+        members = np.flatnonzero(found == label)
+        if len(members):
+            picks.append(int(members[_squared(rows[members], rows[members].mean(axis=0)).argmin()]))
+    nearest = np.min([_squared(rows, rows[pick]) for pick in picks], axis=0)
+    while len(picks) < k:  # an empty cluster gives its pick to the farthest row
+        nearest[picks] = -1.0
+        picks.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, _squared(rows, rows[picks[-1]]))
+    return np.array(picks, np.int64)
+
+
+def _squared(rows: NDArray[np.float32], point: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = ((rows - point) ** 2).sum(axis=1)
+    return found
 
 
 def imbalance(labels: Sequence[str], whole: Sequence[str]) -> float:

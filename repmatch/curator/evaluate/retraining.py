@@ -7,7 +7,7 @@ that what differs is the data alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,11 +21,13 @@ from torch.nn import functional
 
 from repmatch.curator import start
 from repmatch.curator.engine import batches_by_tokens
+from repmatch.curator.evaluate.lower import LowerLayers
+from repmatch.curator.shortcuts import first_token_only, last_block, needs_first_token_only
 from repmatch.curator.stack import AdapterStack
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from repmatch.curator.classification import Example, SequenceClassification
+    from repmatch.curator.classification import Example
     from repmatch.curator.workbench import Workbench
     from repmatch.datamodels import Space
 
@@ -43,14 +45,25 @@ class RetrainRecipe:
         alpha: LoRA alpha.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
+        layers: how many of the last layers get adapters; those below run once an instance for all trainings. None: all.
     """
 
     steps: int = 60
     batch_size: int = 16
     rank: int = 8
     alpha: float = 16.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        if self.layers is not None and self.layers < 1:
+            raise UsageError(f"--layers {self.layers} is out of range; expected 1 or more.")
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -93,70 +106,136 @@ class Outcome:
     seconds: float
 
 
-def retrain(
-    bench: Workbench,
-    labels: Sequence[str],
-    jobs: Sequence[Job],
-    test: Sequence[Example],
-    recipe: RetrainRecipe,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Outcome]:
-    """Train on several selections at once, each with a head and adapters of its own, and test each.
+@dataclass
+class Trainer:
+    """Trains selections of one dataset, several at once; what they share is computed once.
 
-    Args:
+    Attributes:
         bench: the base model.
         labels: every label.
-        jobs: the trainings.
-        test: held-out examples, tokenised; one or more.
-        recipe: how they are trained.
-        progress: called with (steps done, steps in all).
-
-    Returns:
-        One outcome a job, in order.
-
-    Raises:
-        ModelError: a loss is not finite.
+        recipe: how selections are trained on.
     """
-    began = time.monotonic()
-    module, task = bench.module(len(labels)), bench.task(labels)
-    device = torch.device(bench.device)
-    space = replace(bench.space, rank=recipe.rank, alpha=recipe.alpha)
-    seeds = [job.seed for job in jobs]
-    stack, heads = AdapterStack(module, space, seeds, device), HeadStack(module, space, seeds, device)
-    optimizer = torch.optim.AdamW(
-        [*stack.parameters, *heads.parameters], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    orders = [list(order(job.examples, job.seed, recipe)) for job in jobs]
-    losses: list[NDArray[np.float32]] = []
-    with ExitStack() as held:
-        held.enter_context(stack.attached())
-        held.enter_context(heads.attached())
-        for step in range(recipe.steps):
-            chosen = [job.examples[i] for job, found in zip(jobs, orders, strict=True) for i in found[step]]
-            loss = _step(module, optimizer, _on(task.collate(chosen), device), len(jobs))
-            if not np.isfinite(loss).all():
-                raise ModelError(
-                    f"training {int(np.argmin(np.isfinite(loss))) + 1} of {len(jobs)} diverged at step {step + 1}; try "
-                    f"a smaller learning rate than {recipe.learning_rate}."
-                )
-            losses.append(loss)
-            if progress is not None:
-                progress(step + 1, recipe.steps)
-        right = _test(module, task, test, len(jobs), bench.batch_tokens)
-    tail = np.mean(losses[-max(1, recipe.steps // 10) :], axis=0)
-    seconds = (time.monotonic() - began) / len(jobs)
-    return [
-        Outcome(
-            accuracy=float(right[at].mean()),
-            right=tuple(right[at].tolist()),
-            steps=recipe.steps,
-            instances_read=recipe.steps * recipe.batch_size,
-            tokens_read=sum(job.examples[i].tokens for found in orders[at] for i in found),
-            last_loss=float(tail[at]),
-            seconds=round(seconds, 3),
+
+    bench: Workbench
+    labels: Sequence[str]
+    recipe: RetrainRecipe
+
+    def __post_init__(self) -> None:
+        """Make the model ready."""
+        bench, recipe = self.bench, self.recipe
+        self.module, self.task = bench.module(len(self.labels)), bench.task(self.labels)
+        self.device = torch.device(bench.device)
+        self.space = replace(bench.space, rank=recipe.rank, alpha=recipe.alpha)
+        self.lower: LowerLayers | None = None
+        self._block, self._tried = last_block(self.module), False
+        if recipe.layers is not None:
+            lower = LowerLayers.of(self.module, self.space.matrices, recipe.layers, left=self.task.left)
+            self.space = replace(self.space, matrices=lower.above(self.space.matrices))
+            self.lower = lower if lower.depth else None
+
+    def retrain(
+        self, jobs: Sequence[Job], test: Sequence[Example], progress: Callable[[int, int], None] | None = None
+    ) -> list[Outcome]:
+        """Train on several selections at once, each with a head and adapters of its own, and test each.
+
+        Args:
+            jobs: the trainings.
+            test: held-out examples, tokenised; one or more.
+            progress: called with (steps done, steps in all).
+
+        Returns:
+            One outcome a job, in order.
+
+        Raises:
+            ModelError: a loss is not finite.
+        """
+        began, recipe = time.monotonic(), self.recipe
+        seeds = [job.seed for job in jobs]
+        stack = AdapterStack(self.module, self.space, seeds, self.device)
+        heads = HeadStack(self.module, self.space, seeds, self.device)
+        optimizer = torch.optim.AdamW(
+            [*stack.parameters, *heads.parameters], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        for at, job in enumerate(jobs)
-    ]
+        orders = [list(order(job.examples, job.seed, recipe)) for job in jobs]
+        losses: list[NDArray[np.float32]] = []
+        self._prepare([*(e for job in jobs for e in job.examples), *test])
+        with self._shortened(), stack.attached(), heads.attached():
+            for step in range(recipe.steps):
+                chosen = [job.examples[i] for job, found in zip(jobs, orders, strict=True) for i in found[step]]
+                loss = self._step(optimizer, chosen, len(jobs))
+                if not np.isfinite(loss).all():
+                    raise ModelError(
+                        f"training {int(np.argmin(np.isfinite(loss))) + 1} of {len(jobs)} diverged at step {step + 1}; "
+                        f"try a smaller learning rate than {recipe.learning_rate}."
+                    )
+                losses.append(loss)
+                if progress is not None:
+                    progress(step + 1, recipe.steps)
+            right = self._test(test, len(jobs))
+        tail = np.mean(losses[-max(1, recipe.steps // 10) :], axis=0)
+        seconds = (time.monotonic() - began) / len(jobs)
+        return [
+            Outcome(
+                accuracy=float(right[at].mean()),
+                right=tuple(right[at].tolist()),
+                steps=recipe.steps,
+                instances_read=recipe.steps * recipe.batch_size,
+                tokens_read=sum(job.examples[i].tokens for found in orders[at] for i in found),
+                last_loss=float(tail[at]),
+                seconds=round(seconds, 3),
+            )
+            for at, job in enumerate(jobs)
+        ]
+
+    def _prepare(self, examples: Sequence[Example]) -> None:
+        if self.lower is not None:
+            self.lower.remember(self.task, examples, self.bench.batch_tokens)
+        if not self._tried and self._block is not None:
+            few = self._on(self.task.collate(examples[:2]))
+            if not needs_first_token_only(self.module, self._block, self.task.losses, few):
+                self._block = None
+        self._tried = True
+
+    @contextmanager
+    def _shortened(self) -> Iterator[None]:
+        """Leave out the layers below the adapters, and what the head does not read."""
+        with ExitStack() as held:
+            held.enter_context(first_token_only(self._block))
+            if self.lower is not None:
+                held.enter_context(self.lower.skipped())
+            yield
+
+    def _on(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _step(self, optimizer: torch.optim.Optimizer, chosen: Sequence[Example], jobs: int) -> NDArray[np.float32]:
+        batch = self._on(self.task.collate(chosen))
+        if self.lower is not None:
+            self.lower.give(chosen)
+        with torch.enable_grad():
+            wanted = batch.pop("labels")
+            logits = self.module(**batch).logits.float()
+            # The sum over trainings of their mean losses: each one's gradient is its own.
+            loss = functional.cross_entropy(logits, wanted, reduction="none").reshape(jobs, -1).mean(dim=1)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss.sum())
+        optimizer.step()
+        found: NDArray[np.float32] = loss.detach().cpu().numpy()
+        return found
+
+    def _test(self, test: Sequence[Example], jobs: int) -> NDArray[np.bool_]:
+        right = np.zeros((jobs, len(test)), np.bool_)
+        with torch.inference_mode():
+            for at in batches_by_tokens([e.tokens for e in test], max(1, self.bench.batch_tokens // jobs)):
+                rows = [test[i] for i in at]
+                batch = self._on(self.task.collate(rows))
+                wanted = batch.pop("labels")
+                repeated = {name: value.repeat(jobs, 1) for name, value in batch.items()}
+                if self.lower is not None:
+                    self.lower.give(rows, jobs)
+                found = self.module(**repeated).logits.argmax(dim=1).reshape(jobs, -1)
+                right[:, at] = (found == wanted).cpu().numpy()
+        return right
 
 
 def order(examples: Sequence[Example], seed: int, recipe: RetrainRecipe) -> Iterator[list[int]]:
@@ -186,40 +265,6 @@ def order(examples: Sequence[Example], seed: int, recipe: RetrainRecipe) -> Iter
         for place in draw.permutation(batches):
             yield stretch[place * size : (place + 1) * size]
         done += batches
-
-
-def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def _step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], jobs: int
-) -> NDArray[np.float32]:
-    with torch.enable_grad():
-        wanted = batch.pop("labels")
-        logits = module(**batch).logits.float()
-        # The sum over trainings of their mean losses: each one's gradient is its own.
-        loss = functional.cross_entropy(logits, wanted, reduction="none").reshape(jobs, -1).mean(dim=1)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss.sum())
-    optimizer.step()
-    found: NDArray[np.float32] = loss.detach().cpu().numpy()
-    return found
-
-
-def _test(
-    module: nn.Module, task: SequenceClassification, test: Sequence[Example], jobs: int, tokens: int
-) -> NDArray[np.bool_]:
-    device = next(module.parameters()).device
-    right = np.zeros((jobs, len(test)), np.bool_)
-    with torch.inference_mode():
-        for at in batches_by_tokens([example.tokens for example in test], max(1, tokens // jobs)):
-            batch = _on(task.collate([test[i] for i in at]), device)
-            wanted = batch.pop("labels")
-            repeated = {name: value.repeat(jobs, 1) for name, value in batch.items()}
-            found = module(**repeated).logits.argmax(dim=1).reshape(jobs, -1)
-            right[:, at] = (found == wanted).cpu().numpy()
-    return right
 
 
 class HeadStack:

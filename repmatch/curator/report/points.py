@@ -159,8 +159,7 @@ def _cut(text: str, most: int = MOST_TEXT) -> str:
 
 
 def _facts(store: Store, name: str) -> dict[str, tuple[float | None, int | None]]:
-    quoted = name.replace("'", "''")
-    found = store.sql(f"SELECT id, loss, tokens FROM instances WHERE dataset = '{quoted}'")
+    found = store.sql("SELECT id, loss, tokens FROM instances WHERE dataset = ?", [name])
     return {row_id: (loss, tokens) for row_id, loss, tokens in found.iter_rows()}
 
 
