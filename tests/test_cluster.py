@@ -195,6 +195,12 @@ class Echo:
             raise ModelError(f"number {number} cannot be computed")
         if what == "die":
             os._exit(1)
+        if what == "hang":  # once
+            path = Path(f"/tmp/repmatch-hung-{number}")
+            if not path.exists():
+                path.touch()
+                time.sleep(600)
+            path.unlink()
         time.sleep(0.05 * (number % 3))
         return number * number
 
@@ -228,6 +234,16 @@ def test_work_that_kills_every_worker_is_given_up(cluster: Any) -> None:
             list(results)
     assert crew.died == 4
     assert sum("computed again" in line for line in told) == 3
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews, "PATIENCE", 8.0)
+    jobs = [("square", 0), ("square", 3), ("hang", os.getpid()), ("square", 6)]
+    with Crew(ray, Echo, (), ClusterOptions(workers=1)) as crew:
+        found = [result for _, result in crew.run((job, 1) for job in jobs)]
+    assert found == [number * number for _, number in jobs]
+    assert crew.died == 1
 
 
 def test_a_cluster_without_room_or_without_an_answer_is_told(

@@ -35,6 +35,7 @@ from repmatch.selectors.registry import Problem
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.strategies import maximize
 
+HERDING = 6.0  # times k that all parts propose together for herding
 STRATEGIES = ("facility-location", "herding")
 
 
@@ -62,7 +63,7 @@ def distributed(
         problem: what to solve.
         workers: given the parts, yield what each proposes, in order.
         parts: how many parts; by default such that a part has about 10,000 instances, which bounds a worker's memory.
-        oversample: all parts together propose this many times k; by default 3, and more where k is small.
+        oversample: all parts together propose this many times k; by default 3 (herding 6), and more where k is small.
 
     Returns:
         The selection; for facility location the picks of the algorithm "partitioned" on one machine.
@@ -114,7 +115,7 @@ def herding_in_parts(
         k: how many to pick.
         workers: given the parts, yield what each proposes, in order.
         parts: how many parts; by default such that a part has about 10,000 instances.
-        oversample: all parts together propose this many times k; by default 3, and more where k is small.
+        oversample: all parts together propose this many times k; by default 6, and more where k is small.
         constraints: rules that parts can keep.
         seed: for the parts.
         progress: called with picks made and wanted, both rounds together.
@@ -133,7 +134,7 @@ def herding_in_parts(
     tracker = rules.tracker(n, k)
     parts = max(1, -(-n // PART)) if parts is None else parts
     # Late picks make up for what the first ones lack, which picks of one part cannot know: more proposals than k help.
-    oversample = max(3.0, PROPOSALS / max(1, k)) if oversample is None else oversample
+    oversample = max(HERDING, PROPOSALS / max(1, k)) if oversample is None else oversample
     quotas = tracker.parts[0] if tracker.parts else None
     if quotas is not None and (rules.balance is not None or rules.stratify is not None):
         quotas = replace(quotas, lower=quotas.upper)

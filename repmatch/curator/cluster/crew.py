@@ -19,6 +19,7 @@ from repmatch.errors import ClusterError
 AHEAD = 2  # jobs that a worker is given at once, so that it never waits for the driver
 ATTEMPTS = 4  # workers that one job may kill
 PATIENCE = 600.0  # seconds without any worker after which the cluster is given up
+SLOWER = 20.0  # times the slowest job so far, and PATIENCE: a worker that takes longer hangs
 _POLL = 1.0
 NOTICE = 10.0  # seconds between lines about throughput
 
@@ -52,6 +53,7 @@ class _Worker:
     handle: Any
     node: str = ""
     ready: Any = None
+    since: float = 0.0  # when it went on to its present job
     jobs: dict[Any, _Job] = field(default_factory=dict)
 
     def takes(self, job: _Job | None) -> bool:
@@ -95,6 +97,7 @@ class Crew:
         self._kind = ray.remote(max_restarts=0, max_task_retries=0, **needs)(make)
         self._given = tuple(ray.put(value) for value in given)
         self._workers: list[_Worker] = []
+        self._slowest = 0.0
         self._told = self._alone = time.monotonic()
 
     def __enter__(self) -> Crew:
@@ -160,6 +163,8 @@ class Crew:
             if not able:
                 return
             worker = min(able, key=lambda w: len(w.jobs))
+            if not worker.jobs:
+                worker.since = time.monotonic()
             job = waiting.popleft()
             worker.jobs[worker.handle.work.remote(*job.arguments)] = job
 
@@ -178,11 +183,20 @@ class Crew:
                 self._welcome(worker, *result)
             else:
                 found.append((self._finish(worker, ref), result))
+        for worker in [w for w in self._workers if self._hangs(w)]:
+            self._replace(worker, TimeoutError("it hung"), waiting)
         self._tell()
         return found
 
+    def _hangs(self, worker: _Worker) -> bool:
+        """Whether a worker is at one job for far longer than any job has taken."""
+        limit = max(PATIENCE, SLOWER * self._slowest) if self._slowest else float("inf")
+        return bool(worker.jobs) and time.monotonic() - worker.since > limit
+
     def _finish(self, worker: _Worker, ref: Any) -> _Job:
         job = worker.jobs.pop(ref)
+        now = time.monotonic()
+        self._slowest, worker.since = max(self._slowest, now - worker.since), now
         self.nodes[worker.node].instances += job.size
         return job
 
