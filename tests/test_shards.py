@@ -322,7 +322,7 @@ def test_windows_computed_together_give_the_bytes_of_one_after_the_other(
             yield rows, examples, some
         monkeypatch.setattr(windows, "_WINDOW_ROWS", (WINDOW, WINDOW))
 
-    monkeypatch.setattr(windows, "grouped", together)
+    monkeypatch.setattr("repmatch.curator.work.grouped", together)
     curator(tmp_path / "s", tiny_model, rank=2).ingest(messy_file, "toy")
     assert sizes == [[10, 10], [10, 10], [10]]  # three would be more rows than are held at once
     assert content(tmp_path / "s") == content(folder / "whole")

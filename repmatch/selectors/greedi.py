@@ -18,18 +18,7 @@ from repmatch.selectors.baselines import represent
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.greedy import Objective, Progress
 from repmatch.selectors.kernels import Kernel
-from repmatch.selectors.large import (
-    PART,
-    PROPOSALS,
-    Part,
-    Rounds,
-    Told,
-    Workers,
-    partitioned,
-    propose,
-    split,
-    unsplittable,
-)
+from repmatch.selectors.large import PROPOSALS, Part, Told, Workers, opened, partitioned, parts_of, propose, split
 from repmatch.selectors.objectives import MeanMatch
 from repmatch.selectors.registry import Problem
 from repmatch.selectors.selection import Selection
@@ -126,19 +115,11 @@ def herding_in_parts(
     Raises:
         SelectionError: a size that can't be met, or a kernel or rule that can't be split.
     """
-    rules = constraints or Constraints()
-    reason = unsplittable(kernel, rules)
-    if reason:
-        raise SelectionError(f"{reason} can't be selected from in parts: leave --engine out")
     n = kernel.shape[1]
-    tracker = rules.tracker(n, k)
-    parts = max(1, -(-n // PART)) if parts is None else parts
+    parts = parts_of(n) if parts is None else parts
     # Late picks make up for what the first ones lack, which picks of one part cannot know: more proposals than k help.
     oversample = max(HERDING, PROPOSALS / max(1, k)) if oversample is None else oversample
-    quotas = tracker.parts[0] if tracker.parts else None
-    if quotas is not None and (rules.balance is not None or rules.stratify is not None):
-        quotas = replace(quotas, lower=quotas.upper)
-    rounds = Rounds(kernel, k, rules, parts, oversample, quotas)
+    rounds, notes = opened(kernel, k, constraints or Constraints(), parts, oversample)
     order = np.random.default_rng(seed).permutation(n)
     tell = Told(progress, parts * math.ceil(oversample * k / parts) + k)
     means = kernel.means()
@@ -154,7 +135,7 @@ def herding_in_parts(
         similarity=similarity,
         algorithm="partitioned",
         reason="the first round was done on a cluster",
-        notes=(*tracker.notes, *final.notes, f"{parts} parts, {len(pool)} candidates in the second round"),
+        notes=(*notes, *final.notes, f"{parts} parts, {len(pool)} candidates in the second round"),
         seed=seed,
     )
 

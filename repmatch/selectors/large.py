@@ -199,24 +199,16 @@ def partitioned(
     Raises:
         SelectionError: a size that can't be met, or a kernel or rule that can't be split.
     """
-    whole, rules = as_kernel(kernel), constraints or Constraints()
-    reason = unsplittable(whole, rules)
-    if reason:
-        raise SelectionError(f"{reason} can't be selected from in parts: use another algorithm")
+    whole = as_kernel(kernel)
     n = whole.shape[1]
-    tracker = rules.tracker(n, k)
-    parts = max(1, -(-n // PART)) if parts is None else parts
-    oversample = enough(k, parts) if oversample is None else oversample
-    if not 1 <= parts <= max(1, n) or not oversample >= 1.0:
-        raise SelectionError(f"parts = {parts}, oversample = {oversample}: expected 1 to {n} parts, at least 1 times k")
-    quotas = tracker.parts[0] if tracker.parts else None
-    if quotas is not None and (rules.balance is not None or rules.stratify is not None):
-        quotas = replace(quotas, lower=quotas.upper)
-    rounds = Rounds(whole, k, rules, parts, oversample, quotas)
+    parts = parts_of(n) if parts is None else parts
+    rounds, notes = opened(
+        whole, k, constraints or Constraints(), parts, enough(k, parts) if oversample is None else oversample
+    )
     generator = np.random.default_rng(seed)
     order = generator.permutation(n)
     proposed: list[NDArray[np.int64]] = []
-    tell = Told(progress, parts * math.ceil(oversample * k / parts) + k)
+    tell = Told(progress, parts * math.ceil(rounds.oversample * k / parts) + k)
     if workers is not None:
         proposed = rounds.elsewhere(order, workers, tell)
     else:
@@ -240,9 +232,43 @@ def partitioned(
         similarity=similarity,
         strategy="facility-location",
         algorithm="partitioned",
-        notes=(*tracker.notes, *final.notes, note),
+        notes=(*notes, *final.notes, note),
         seed=seed,
     )
+
+
+def opened(kernel: Kernel, k: int, rules: Constraints, parts: int, oversample: float) -> tuple[Rounds, tuple[str, ...]]:
+    """Check what both rounds rest on.
+
+    Args:
+        kernel: of all instances.
+        k: how many to pick.
+        rules: for the picks.
+        parts: how many parts.
+        oversample: all parts together propose this many times k.
+
+    Returns:
+        The rounds, and what a person should know.
+
+    Raises:
+        SelectionError: a size that can't be met, or a kernel or rule that can't be split.
+    """
+    reason = unsplittable(kernel, rules)
+    if reason:
+        raise SelectionError(f"{reason} can't be selected from in parts: use one machine and another algorithm")
+    n = kernel.shape[1]
+    tracker = rules.tracker(n, k)
+    if not 1 <= parts <= max(1, n) or not oversample >= 1.0:
+        raise SelectionError(f"parts = {parts}, oversample = {oversample}: expected 1 to {n} parts, at least 1 times k")
+    quotas = tracker.parts[0] if tracker.parts else None
+    if quotas is not None and (rules.balance is not None or rules.stratify is not None):
+        quotas = replace(quotas, lower=quotas.upper)
+    return Rounds(kernel, k, rules, parts, oversample, quotas), tracker.notes
+
+
+def parts_of(n: int) -> int:
+    """Return how many parts n instances are split into by default."""
+    return max(1, -(-n // PART))
 
 
 def enough(k: int, parts: int) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,11 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise MissingExtraError("--engine ray", "ray") from error
+    with redirect_stdout(sys.stderr):  # Ray prints what it has to say of dead workers, from a thread of its own
+        yield from _connected(ray, options)
+
+
+def _connected(ray: Any, options: ClusterOptions) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return

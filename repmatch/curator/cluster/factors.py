@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from repmatch.curator.cluster.connection import ClusterOptions, connected
 from repmatch.curator.cluster.crew import Crew, check_in
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import LOOK, SIGN_SAMPLE, Batches, Work, look, sign_error, window_tokens, windows
+from repmatch.curator.windows import Batches, window_tokens, windows
+from repmatch.curator.work import LOOK, SIGN_SAMPLE, Work, look, sign_error
 from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row, Space
 from repmatch.errors import UsageError
 from repmatch.store.encoding import RowFormat
