@@ -21,6 +21,7 @@ from repmatch.commands.export import export
 from repmatch.commands.info import info
 from repmatch.commands.ingest import ingest
 from repmatch.commands.inspect import inspect
+from repmatch.commands.merge import merge
 from repmatch.commands.nearest import nearest
 from repmatch.commands.plan import plan
 from repmatch.commands.repair import repair
@@ -71,7 +72,7 @@ def cli(context: click.Context, store: Path, quiet: bool) -> None:
 
 _COMMANDS = (
     *(ingest, plan, score, compare, nearest, inspect, select, suspects, evaluate, study),
-    *(export, report, adapter, sql, delete, compact, verify, repair, info, completion, demo),
+    *(export, report, adapter, sql, merge, delete, compact, verify, repair, info, completion, demo),
 )
 for command in _COMMANDS:
     cli.add_command(command)

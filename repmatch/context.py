@@ -12,6 +12,7 @@ import click
 from repmatch.output import LogHandler, Output
 
 if TYPE_CHECKING:
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.curator import Curator
     from repmatch.curator.settings import Settings
     from repmatch.store import Store
@@ -101,6 +102,66 @@ model_option = click.option(
 wait_option = click.option(
     "--wait", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Seconds to wait for another writer."
 )
+_CLUSTER: tuple[Callable[[F], F], ...] = (
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Compute in this process, or on a Ray cluster.",
+    ),
+    click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Of the Ray cluster; 'auto' for the one this machine belongs to.  [default: RAY_ADDRESS, or this machine "
+        "alone]",
+    ),
+    click.option("--workers", type=int, help="Processes on the cluster.  [default: as many as there is room for]"),
+    click.option("--worker-cpus", type=int, help="Cores of a worker.  [default: 1]"),
+    click.option("--worker-gpus", type=float, help="GPUs of a worker.  [default: 1 with --device cuda, else 0]"),
+)
+
+
+def cluster_options(function: F) -> F:
+    """Add the options that say where the work is done.
+
+    Args:
+        function: a command.
+
+    Returns:
+        The command.
+    """
+    for option in reversed(_CLUSTER):
+        function = option(function)
+    return function
+
+
+def cluster_of(given: dict[str, Any], output: Output) -> ClusterOptions | None:
+    """Take the options of `cluster_options` out of a command's.
+
+    Args:
+        given: values by name; those of the cluster are taken out.
+        output: told of throughput and of workers that died.
+
+    Returns:
+        The cluster, None: this process.
+
+    Raises:
+        UsageError: an option of the cluster without --engine ray.
+    """
+    from repmatch.errors import UsageError
+
+    names = ("address", "workers", "worker_cpus", "worker_gpus")
+    asked = {name: value for name in names if (value := given.pop(name)) is not None}
+    if given.pop("engine") == "local":
+        if asked:
+            raise UsageError(f"--{next(iter(asked)).replace('_', '-')} goes with --engine ray.")
+        return None
+    from repmatch.curator.cluster.connection import ClusterOptions
+
+    return ClusterOptions(**asked, notice=output.hint)
+
+
 epochs_option = click.option(
     "--epochs",
     type=click.IntRange(min=1),

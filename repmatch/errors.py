@@ -84,6 +84,10 @@ class MissingExtraError(RepMatchError, ImportError):
         super().__init__(f"{feature} needs an optional dependency. Install it with: pip install 'repmatch[{extra}]'")
 
 
+class ClusterError(RepMatchError):
+    """A cluster that cannot be reached, has no room, or whose workers keep dying."""
+
+
 class StoreError(RepMatchError):
     """A store that cannot be opened, read or written."""
 

@@ -18,7 +18,7 @@ from tiny_models import WORDS, checkpoint, sentences
 from tiny_more import GatedLstm, causal_checkpoint, image_checkpoint, masked_checkpoint, write_images
 
 import repmatch
-from repmatch.curator import precision, windows
+from repmatch.curator import precision, windows, work
 from repmatch.curator.engine import BatchFactors
 from repmatch.curator.overlap import ahead, behind
 from repmatch.curator.settings import Settings
@@ -304,7 +304,7 @@ def test_the_cost_of_sign_codes_by_hand() -> None:
 
     layout = Layout((Matrix("a", 4, 1), Matrix("b", 2, 1)), 1)
     values = np.asarray([[0.5, -0.5, 0.5, 0.5, 1.0, 0.0], [0, 0, 0, 0, 0.6, 0.8]], np.float32)
-    cost = windows.sign_error(values, layout)
+    cost = work.sign_error(values, layout)
     # a: exact, then a zero factor that is left out; b: (1 + 0)² / 2 and (0.6 + 0.8)² / 2
     assert cost == {"instances": 2, "mean": round((1 + 0.5 + 0.98) / 3, 6)} | {
         "first_percentile": pytest.approx(0.5 + 0.02 * 0.48, abs=1e-5),

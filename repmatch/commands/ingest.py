@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+from repmatch.context import (
+    Context,
+    cluster_of,
+    cluster_options,
+    device_option,
+    examples,
+    json_option,
+    model_option,
+    pass_context,
+    wait_option,
+)
 from repmatch.curator.forms import TASKS
 from repmatch.errors import UsageError
 
@@ -97,10 +107,14 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
     from repmatch.curator.ingest import IngestOptions
     from repmatch.curator.rows import FieldChoice
     from repmatch.curator.settings import Settings
+    from repmatch.curator.shards import Shard
 
     rest = dict(given)
     fields = FieldChoice(**{name: rest.pop(name) for name in _FIELDS})
-    options = IngestOptions(fields, rest.pop("encoding"), rest.pop("strict", False))
+    shard = rest.pop("shard", None)
+    options = IngestOptions(
+        fields, rest.pop("encoding"), rest.pop("strict", False), None if shard is None else Shard.parse(shard)
+    )
     return Settings(**{**rest, "targets": _names(rest["targets"])}), options
 
 
@@ -119,6 +133,13 @@ warm_start_option = click.option(
 @space_options
 @encoding_option
 @warm_start_option
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Compute part I of N only, into a store of its own; `repmatch merge` unites them. 0/N: only what all parts "
+    "share.",
+)
+@cluster_options
 @click.option("--strict", is_flag=True, help="Refuse everything when one row is bad.")
 @wait_option
 @json_option
@@ -130,6 +151,8 @@ warm_start_option = click.option(
     cat more.jsonl | repmatch ingest - --dataset reviews
     repmatch ingest reviews.jsonl --dataset warm --warm-start auto
     repmatch ingest chats.jsonl --dataset chats --task causal-lm --model ./my-llama
+    repmatch --store shard-3 ingest reviews.jsonl --dataset reviews --shard 3/8
+    repmatch ingest reviews.jsonl --dataset reviews --engine ray
     """
 )
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
@@ -140,11 +163,18 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
     computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
     """
     wait = given.pop("wait")
+    cluster = cluster_of(given, context.output)
     settings, options = options_of(given)
     with context.open(as_json=as_json, wait=wait) as store:
         curator = context.curator(store, settings)
         report = curator.ingest(
-            list(files), dataset, fields=options.fields, encoding=options.encoding, strict=options.strict
+            list(files),
+            dataset,
+            fields=options.fields,
+            encoding=options.encoding,
+            strict=options.strict,
+            shard=options.shard,
+            cluster=cluster,
         )
     output = context.output
     output.close()
@@ -160,6 +190,12 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         )
     if report.truncated:
         output.hint(f"{report.truncated} instances were longer than the maximum length and cut there.")
+    part = report.detail.get("shard")
+    if part is not None:
+        output.hint(
+            f"shard {part['number']}/{part['of']}: {part['hi'] - part['lo']} of {part['total']} rows; when all are "
+            "there: repmatch merge OUT IN..."
+        )
     if as_json:
         output.json(report.as_json())
     else:

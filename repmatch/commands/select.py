@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repmatch.completion import complete_dataset
-from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context, wait_option
+from repmatch.context import (
+    Context,
+    cluster_of,
+    cluster_options,
+    device_option,
+    examples,
+    json_option,
+    model_option,
+    pass_context,
+    wait_option,
+)
 from repmatch.output import Output, shorten
 
 if TYPE_CHECKING:
@@ -69,6 +79,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
 @click.option("--param", type=Pair(), multiple=True, help="A strategy's own number, such as trade=1.5. Repeatable.")
 @click.option("--name", help="Name of the coreset.  [default: made from the arguments]")
 @click.option("--replace", is_flag=True, help="Replace a coreset of that name.")
+@cluster_options
 @click.option("--seed", type=int, default=0, show_default=True, help="For strategies that draw.")
 @model_option
 @device_option
@@ -81,6 +92,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     repmatch select reviews --budget 20000 --apart 0.5
     repmatch select pool -k 200 --represent dev --given labelled
     repmatch select reviews -k 5% --strategy random --stratify label --seed 7
+    repmatch select reviews -k 100 --engine ray
     """
 )
 def select(context: Context, /, dataset: str, as_json: bool, wait: float, **given: Any) -> None:
@@ -113,8 +125,9 @@ def select(context: Context, /, dataset: str, as_json: bool, wait: float, **give
 
     settings = {name: given.pop(name) for name in ("model", "device")}
     output = context.output
+    cluster = cluster_of(given, output)
     with context.open(as_json=as_json, wait=wait) as store:
-        found = context.curator(store, **settings).select(dataset, **_arguments(given))
+        found = context.curator(store, **settings).select(dataset, cluster=cluster, **_arguments(given))
         labels = composition(store, found.coreset.dataset, found.ids)
         first = found.ids[:SHOWN]
         texts = {} if as_json else {row.id: row for row in store.tasks(found.coreset.dataset, ids=first)}

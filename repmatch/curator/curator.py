@@ -13,6 +13,7 @@ from repmatch.curator.frames import as_file, dataset_of, frame_of, is_frame
 from repmatch.curator.ingest import IngestOptions, IngestReport, Progress, check_name, ingest
 from repmatch.curator.rows import FieldChoice
 from repmatch.curator.settings import Settings
+from repmatch.curator.shards import Shard
 from repmatch.curator.subsets import Trainer
 from repmatch.datamodels import Adapter, Encoding, Row
 from repmatch.errors import UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from repmatch.curator.adapter_comparison import AdapterComparison
     from repmatch.curator.adapter_files import ExportedAdapter
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.inspection import Inspection
     from repmatch.curator.training import Recipe
     from repmatch.store import Store
@@ -86,6 +88,8 @@ class Curator:
         fields: FieldChoice | None = None,
         encoding: Encoding | None = None,
         strict: bool = False,
+        shard: Shard | str | None = None,
+        cluster: ClusterOptions | None = None,
     ) -> IngestReport:
         """Read rows and compute the instance factors that are missing.
 
@@ -96,15 +100,20 @@ class Curator:
             fields: columns to read; None: id, text, text_pair and label.
             encoding: "float16" (default), "float32" or "sign".
             strict: refuse everything when one row is bad.
+            shard: compute this part of the input only, such as "3/8"; see `repmatch.curator.shards`.
+            cluster: compute on a Ray cluster, see `repmatch.curator.cluster.connection`; None: in this process.
 
         Returns:
             Counts, and the rows that were set aside with reasons.
         """
         if is_frame(source):
             with as_file(source) as path:
-                return self.ingest(path, dataset, fields=fields, encoding=encoding, strict=strict)
+                return self.ingest(
+                    path, dataset, fields=fields, encoding=encoding, strict=strict, shard=shard, cluster=cluster
+                )
         sources = [source] if isinstance(source, str | Path) else list(source)
-        options = IngestOptions(fields or FieldChoice(), encoding, strict)
+        part = Shard.parse(shard) if isinstance(shard, str) else shard
+        options = IngestOptions(fields or FieldChoice(), encoding, strict, part, cluster)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:
@@ -208,6 +217,8 @@ class Curator:
         dataset: str,
         k: int | str | None = None,
         options: selection.SelectOptions | None = None,
+        *,
+        cluster: ClusterOptions | None = None,
         **changes: Unpack[selection.SelectArguments],
     ) -> selection.Selected:
         """Choose a coreset and keep it in the store.
@@ -216,6 +227,7 @@ class Curator:
             dataset: the dataset's name, or a part of it such as "reviews[stars > 2]".
             k: picks, or a share such as "5%"; None: what `options` say, or as many as the rules allow.
             options: everything that can be asked of a selection; None: the defaults.
+            cluster: do the first of two rounds on a Ray cluster (facility-location, herding); None: in this process.
             **changes: fields of `SelectOptions` that differ from `options`, such as strategy, balance, name or budget.
 
         Returns:
@@ -226,7 +238,7 @@ class Curator:
             chosen = replace(chosen, k=k)
         if chosen.name is not None:
             check_name(chosen.name)
-        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress)
+        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress, cluster)
 
     def _scores_of(self, dataset: str) -> dict[str, float]:
         scores = self.score(dataset)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import Progress, Work, factors_of, window_tokens, windows
+from repmatch.curator.shards import Shard, divide
+from repmatch.curator.windows import Progress, factors_of, window_tokens, windows
+from repmatch.curator.work import Work
 from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Stage, StageSummary, Store
 
@@ -45,11 +48,15 @@ class IngestOptions:
         fields: columns the user named.
         encoding: how factors are kept; None: the dataset's, or float16 for a new one.
         strict: refuse everything when one row is bad.
+        shard: compute this part of the input only; None: all of it.
+        cluster: compute on this cluster; None: in this process.
     """
 
     fields: FieldChoice = field(default_factory=FieldChoice)
     encoding: Encoding | None = None
     strict: bool = False
+    shard: Shard | None = None
+    cluster: ClusterOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -124,24 +131,29 @@ def ingest(
         reader = open_rows(sources, options.fields, resolved=known.fields if known else None, kind=settings.kind)
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
-        bad = stage.rejected(limit=20)
-        _refuse(dataset, sources, options, bad, first)
+        _refuse(dataset, sources, options, stage.rejected(limit=20), first)
         record = _record(dataset, reader, known, first.labels, options)
         done, truncated = 0, 0
         lost: list[BadRow] = []
         detail: dict[str, Any] = {}
         arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash}
+        if options.shard is not None:
+            arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:
-            if known is None or first.todo or not settings.asks_nothing:
-                bench = _bench(store, partial(started, store, stage, first.todo, tell), known, settings, record)
+            if known is None or first.todo or not settings.asks_nothing or options.shard is not None:
+                bench = _bench(
+                    store, partial(started, store, stage, first.todo, tell), known, _here(settings, options), record
+                )
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
                 store.save_space(bench.space)
                 store.save_dataset(replace(record, space_id=bench.space.id))
+                work = _work(store, stage, bench, record, tell, settings, options)
+                if options.shard is not None:
+                    first = _restrict(stage, work, options.shard, tell)
                 stage.touch()
-                work = Work(store, stage, bench, record, first.todo, tell)
-                done, truncated, lost = work.compute()
+                done, truncated, lost = work.compute(first.todo)
                 detail = work.detail
                 run.detail.update(detail)
                 if lost:
@@ -149,6 +161,7 @@ def ingest(
             else:  # nothing to compute: the model is not even loaded
                 store.save_dataset(record)
                 stage.touch()
+        bad = stage.rejected(limit=20)
     return IngestReport(
         dataset=dataset,
         rows=first.rows,
@@ -162,6 +175,33 @@ def ingest(
         bad=tuple([*bad, *lost][:20]),
         detail=detail,
     )
+
+
+def _here(settings: Settings, options: IngestOptions) -> Settings:
+    """Return the settings of this process: the device that is asked for may be on the cluster's nodes only."""
+    return settings if options.cluster is None or settings.device == "cpu" else replace(settings, device="auto")
+
+
+def _work(
+    store: Store,
+    stage: Stage,
+    bench: Workbench,
+    record: Dataset,
+    tell: Progress,
+    settings: Settings,
+    options: IngestOptions,
+) -> Work:
+    if options.cluster is None:
+        return Work(store, stage, bench, record, tell)
+    from repmatch.curator.cluster.factors import ClusterWork
+
+    return ClusterWork(store, stage, bench, record, tell, settings=settings, options=options.cluster)
+
+
+def _restrict(stage: Stage, work: Work, shard: Shard, tell: Progress) -> StageSummary:
+    stretch = divide(stage.accepted(), work.task, work.tokens, shard, tell)
+    work.detail["shard"] = {"number": shard.number, "of": shard.of, "window_tokens": work.tokens, **asdict(stretch)}
+    return stage.restrict(stretch.lo, stretch.hi)
 
 
 def check_name(name: str) -> None:

@@ -25,6 +25,7 @@ from repmatch.selectors import select as solve
 if TYPE_CHECKING:
     import polars as pl
 
+    from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.store import Store
 
 __all__ = ["SelectArguments", "SelectOptions", "Selected", "composition", "picks_of", "select"]
@@ -108,6 +109,7 @@ def select(
     options: SelectOptions,
     scores_of: Callable[[str], dict[str, float]],
     progress: Progress | None = None,
+    cluster: ClusterOptions | None = None,
 ) -> Selected:
     """Choose a coreset from a dataset and keep it.
 
@@ -119,6 +121,7 @@ def select(
         options: size, strategy, rules.
         scores_of: gives id -> score of a dataset against its own adapter, for strategies that need it.
         progress: called with (stage, done, total).
+        cluster: where the first of two rounds is done; None: one machine, one round.
 
     Returns:
         The stored coreset.
@@ -139,7 +142,12 @@ def select(
         tell = progress
         problem = replace(problem, progress=lambda done, total: tell(f"selecting from {dataset}", done, total))
     with store.run("select", {"dataset": dataset, "name": name, **options.changed()}) as run:
-        selection = solve(options.strategy, problem)
+        if cluster is None:
+            selection = solve(options.strategy, problem)
+        else:
+            from repmatch.curator.cluster.selecting import select_on_cluster
+
+            selection = select_on_cluster(options.strategy, problem, cluster)
         if not selection.complete and not len(selection):
             raise KeyboardInterrupt
         coreset = _coreset(name, dataset, options, posed, selection)

@@ -1,4 +1,4 @@
-"""Windows: the unit of commit. Rows are tokenised, computed and stored window by window, overlapping where it pays."""
+"""Windows: the unit of commit. Rows are cut into windows, and these into batches that fit."""
 
 from __future__ import annotations
 
@@ -7,144 +7,28 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from repmatch.datamodels import BadRow, Dataset, FactorBatch, Layout, Row
+from repmatch.datamodels import BadRow, FactorBatch, Row
 from repmatch.errors import ModelError
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import BatchFactors, FactorEngine
     from repmatch.curator.tasks import Example, Task
     from repmatch.curator.workbench import Workbench
-    from repmatch.store import Stage, Store
 
 logger = logging.getLogger(__name__)
 
-# A window is the unit of commit: rows are sorted by length within it and committed together. It is sized in work, not
-# in seconds, so that a run that was killed goes on with the very batches an uninterrupted run would have computed.
-_WINDOW_FLOP = 1e12  # a core
+# Rows are sorted by length within a window and committed together. It is sized in work, not in seconds or cores, so
+# that a run that was killed goes on with the very batches an uninterrupted run would have computed, and so that
+# machines with more or fewer cores cut the same input alike: a factor depends on its batch, if only by rounding.
+_WINDOW_FLOP = 2e12
 _WINDOW_FLOP_GPU = 5e13
 _WINDOW_ROWS = (64, 4096)
-# Instances on which the cost of sign codes is measured, from the first window.
-_SIGN_SAMPLE = 256
 
 Progress = Callable[[str, int, int | None], None]
-
-
-class Work:
-    """One ingest's factors: from staged rows to stored ones.
-
-    Attributes:
-        detail: what was measured on the way.
-
-    Args:
-        store: the store, writable.
-        stage: the rows.
-        bench: the workbench.
-        dataset: the dataset's record.
-        total: rows to compute.
-        tell: called with (stage, done, total or None).
-    """
-
-    def __init__(
-        self, store: Store, stage: Stage, bench: Workbench, dataset: Dataset, total: int, tell: Progress
-    ) -> None:
-        self.detail: dict[str, Any] = {}
-        self._store = store
-        self._stage = stage
-        self._bench = bench
-        self._dataset = dataset
-        self._total = total
-        self._tell = tell
-
-    def compute(self) -> tuple[int, int, list[BadRow]]:
-        """Compute and store every factor that is missing.
-
-        Returns:
-            Factors stored, instances among them that were cut, and the rows without a finite factor.
-        """
-        if self._total == 0:
-            return 0, 0, []
-        from repmatch.curator.overlap import ahead, behind
-
-        bench, dataset = self._bench, self._dataset
-        self._tell("factors", 0, self._total)
-        task = bench.task(dataset.labels, dataset.fields)
-        engine = bench.engine(dataset.labels, task)
-        batches = Batches(engine, task, bench.batch_tokens)
-        overlapping = engine.device.type == "cuda"
-        stream = windows(self._stage.todo(), task, window_tokens(bench, engine))
-        done = truncated = 0
-        lost: list[BadRow] = []
-        with behind(self._keep, overlapping) as keep:
-            for rows, examples in ahead(stream, overlapping):
-                if not self.detail:
-                    self._look(batches, examples)
-                batch, bad = batches.factors(rows, examples, tick=partial(self._within, done))
-                if "sign_error" not in self.detail and dataset.encoding == "sign":
-                    self.detail["sign_error"] = sign_error(batch.values[:_SIGN_SAMPLE], engine.layout)
-                if batch.rows:
-                    keep(batch)
-                lost += bad
-                truncated += int(batch.truncated.sum())
-                done += len(rows)
-                self._tick(done)
-        return done - len(lost), truncated, lost
-
-    def _keep(self, batch: FactorBatch) -> None:
-        self._store.append(self._dataset.name, self._bench.space.id, self._dataset.encoding, batch)
-
-    def _within(self, before: int, done: int) -> None:
-        self._tick(before + done)
-
-    def _tick(self, done: int) -> None:
-        self._tell("factors", done, self._total)
-
-    def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
-        """Check a user's own module on the first rows; choose the precision, and on CUDA the batch size, on them."""
-        from repmatch.curator import precision
-        from repmatch.curator.memory import Meter, fitting_tokens
-        from repmatch.curator.tasks import OwnModel
-
-        few = batches.task.collate(list(examples[:32]))
-        if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
-            batches.engine.check_apart(few)
-        chosen, agreement = precision.choose(batches.engine, few)
-        if batches.engine.device.type == "cuda" and self._bench.fits_memory and "input_ids" in few:
-            batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
-            self.detail["batch_tokens"] = batches.limit
-        self.detail |= {"device": self._bench.device, "precision": chosen}
-        if agreement:
-            self.detail["agreement_with_float32"] = agreement
-
-
-def sign_error(values: NDArray[np.float32], layout: Layout) -> dict[str, float]:
-    """Measure what sign codes lose: the squared cosine of each matrix' exact direction with its signs.
-
-    Args:
-        values: (n, layout.width) float32, rank 1.
-        layout: how they lie.
-
-    Returns:
-        Instances measured, and the mean, first percentile and minimum over instances and matrices.
-    """
-    cosines = []
-    for lo, hi in zip(layout.offsets, layout.offsets[1:], strict=False):
-        block = values[:, lo:hi].astype(np.float64)
-        there = np.linalg.norm(block, axis=1) > 0
-        cosines.append(np.abs(block[there]).sum(axis=1) ** 2 / (hi - lo))
-    found = np.concatenate(cosines)
-    if not len(found):
-        return {"instances": len(values), "mean": 1.0, "first_percentile": 1.0, "minimum": 1.0}
-    return {
-        "instances": len(values),
-        "mean": round(float(found.mean()), 6),
-        "first_percentile": round(float(np.percentile(found, 1)), 6),
-        "minimum": round(float(found.min()), 6),
-    }
 
 
 class Batches:
@@ -165,13 +49,19 @@ class Batches:
         self._twins: list[FactorEngine] = []
 
     def factors(
-        self, rows: Sequence[Row], examples: Sequence[Example], *, tick: Callable[[int], None] | None = None
+        self,
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        *,
+        sizes: Sequence[int] | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> tuple[FactorBatch, list[BadRow]]:
         """Compute the factors of a window, batch by batch of similar length.
 
         Args:
             rows: the window's rows.
             examples: the same rows, made ready.
+            sizes: rows of each window where they are several; no batch holds rows of two.
             tick: called with the rows done so far, batch by batch.
 
         Returns:
@@ -182,7 +72,7 @@ class Batches:
         cores = np.empty((n, len(layout.dims), rank, rank), dtype=np.float32) if rank > 1 else None
         norms = np.empty((n, len(layout.dims)), dtype=np.float32)
         losses, done = np.empty(n, dtype=np.float32), 0
-        for at, part in self._parts(examples):
+        for at, part in self._parts(examples, sizes or [n]):
             values[at], norms[at], losses[at] = part.values, part.norms, part.losses
             if cores is not None and part.cores is not None:
                 cores[at] = part.cores
@@ -203,11 +93,15 @@ class Batches:
         )
         return batch, bad
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], BatchFactors]]:
+    def _parts(self, examples: Sequence[Example], sizes: Sequence[int]) -> Iterator[tuple[list[int], BatchFactors]]:
         from repmatch.curator.engine import batches_by_tokens
 
         lengths = [example.tokens for example in examples]
-        planned = batches_by_tokens(lengths, self.limit)
+        planned: list[list[int]] = []
+        lo = 0
+        for size in sizes:
+            planned += [[lo + i for i in group] for group in batches_by_tokens(lengths[lo : lo + size], self.limit)]
+            lo += size
         if self._workers > 1 and len(planned) > 1:
             yield from self._side_by_side(examples, planned)
             return
@@ -326,7 +220,7 @@ def factors_of(
 
 
 def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
-    """Return how many tokens a window holds: a fixed amount of work for the device, by the model's size.
+    """Return how many tokens a window holds: a fixed amount of work for the kind of device, by the model's size.
 
     Args:
         bench: names the device.
@@ -336,8 +230,44 @@ def window_tokens(bench: Workbench, engine: FactorEngine) -> int:
         Tokens, at least 1.
     """
     parameters = sum(p.numel() for n, p in engine.module.named_parameters() if "embed" not in n)
-    flop = _WINDOW_FLOP * default_workers(engine) if bench.device == "cpu" else _WINDOW_FLOP_GPU
+    flop = _WINDOW_FLOP if bench.device == "cpu" else _WINDOW_FLOP_GPU
     return max(1, int(flop / (4 * parameters)))
+
+
+def windows_at_once(engine: FactorEngine) -> int:
+    """Return how many windows are computed and committed together: more where there are more cores to keep busy.
+
+    Args:
+        engine: the factor engine.
+
+    Returns:
+        One for every two cores, at least one.
+    """
+    return max(1, default_workers(engine) // 2)
+
+
+def grouped(
+    stream: Iterator[tuple[list[Row], list[Example]]], count: int
+) -> Iterator[tuple[list[Row], list[Example], list[int]]]:
+    """Join windows that are computed together.
+
+    Args:
+        stream: windows.
+        count: how many to join; fewer where they have many rows, because all are held in memory.
+
+    Yields:
+        Rows, their examples, and the rows of each window.
+    """
+    rows: list[Row] = []
+    examples: list[Example] = []
+    sizes: list[int] = []
+    for some, made in stream:
+        if sizes and (len(sizes) == count or len(rows) + len(some) > _WINDOW_ROWS[1]):
+            yield rows, examples, sizes
+            rows, examples, sizes = [], [], []
+        rows, examples, sizes = [*rows, *some], [*examples, *made], [*sizes, len(some)]
+    if sizes:
+        yield rows, examples, sizes
 
 
 def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterator[tuple[list[Row], list[Example]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Row, Space
-from repmatch.errors import RepMatchError, StoreCorruptError, StoreError, UnknownNameError
+from repmatch.errors import RepMatchError, StoreCorruptError, StoreError, UnknownNameError, UsageError
 from repmatch.store.catalog import first
 from repmatch.store.encoding import RowFormat
 from repmatch.store.instances import Instances
@@ -142,6 +142,30 @@ class FactorTables(Instances):
                 truncated=tuple(np.asarray(batch.truncated, np.bool_).tolist()),
             )
             self._append_raw(dataset_name, space, encoding, raw, table)
+
+    def append_encoded(self, dataset_name: str, space_id: str, encoding: Encoding, raw: RawBatch) -> None:
+        """Store rows with factors that were encoded elsewhere; otherwise as `append`.
+
+        Args:
+            dataset_name: the dataset, which is there.
+            space_id: the space of the factors, which is there.
+            encoding: how they are kept.
+            raw: rows and encoded factors.
+
+        Raises:
+            UsageError: the bytes do not fit the space and encoding.
+            StoreError: the disk is full or cannot be written; what was committed stays.
+        """
+        check_unique(raw.rows)
+        with self.writing():
+            space = self._known_space(space_id)
+            expected = (len(raw.rows), RowFormat(space.layout, encoding).row_bytes)
+            if raw.values.shape != expected or raw.values.dtype != np.uint8:
+                raise UsageError(
+                    f"the encoded factors are {raw.values.dtype} of shape {raw.values.shape}; expected uint8 of shape "
+                    f"{expected}."
+                )
+            self._append_raw(dataset_name, space, encoding, raw)
 
     def _known_space(self, space_id: str) -> Space:
         """Return a space, which never changes, without asking the catalog twice."""

@@ -78,6 +78,7 @@ class Stage:
         self._path: Path | None = None
         self._guard: int | None = None
         self._todo: NDArray[np.int64] | None = None
+        self._range: tuple[int, int] | None = None
 
     def __enter__(self) -> Stage:
         """Make the scratch database."""
@@ -225,8 +226,33 @@ class Stage:
             f"FROM firsts f JOIN staged s ON s.seq = f.seq LEFT JOIN {stored} o ON o.id = s.id",
             parameters,
         )
+        self._find_todo()
+
+    def _find_todo(self) -> None:
         found = self._conn.execute("SELECT seq FROM state WHERE todo ORDER BY seq").fetchnumpy()
         self._todo = np.asarray(found["seq"], np.int64)
+
+    def restrict(self, lo: int, hi: int) -> StageSummary:
+        """Leave out all but a range of the accepted rows, and the bad rows that do not lie between them.
+
+        Args:
+            lo: place of the first row that stays among the accepted ones, in input order.
+            hi: place after the last one. Ranges that cover all places cover every bad row, each once.
+
+        Returns:
+            The counts of what stays.
+        """
+        self._pending()
+        places = np.asarray(self._conn.execute("SELECT seq FROM state ORDER BY seq").fetchnumpy()["seq"], np.int64)
+
+        def start(place: int) -> int:  # a bad row goes with the accepted one before it
+            return 0 if place == 0 else int(places[place]) if place < len(places) else self._seq + 1
+
+        self._range = start(lo), start(hi)
+        for table in ("state", "bad", "repeats"):
+            self._conn.execute(f"DELETE FROM {table} WHERE seq < ? OR seq >= ?", list(self._range))
+        self._find_todo()
+        return self._summary()
 
     def _summary(self) -> StageSummary:
         def one(query: str) -> tuple[Any, ...]:
@@ -265,12 +291,27 @@ class Stage:
         Yields:
             At most `size` rows.
         """
-        pending = self._pending()
-        for lo in range(0, len(pending), size):
-            part = pending[lo : lo + size]
+        yield from self._stream(self._pending(), "todo", size)
+
+    def accepted(self, size: int = 512) -> Iterator[tuple[Row, ...]]:
+        """Stream every accepted row, each id once, whether it needs a factor or not, in input order.
+
+        Args:
+            size: how many at a time.
+
+        Yields:
+            At most `size` rows.
+        """
+        self._pending()
+        found = self._conn.execute("SELECT seq FROM state ORDER BY seq").fetchnumpy()
+        yield from self._stream(np.asarray(found["seq"], np.int64), "true", size)
+
+    def _stream(self, places: NDArray[np.int64], which: str, size: int) -> Iterator[tuple[Row, ...]]:
+        for lo in range(0, len(places), size):
+            part = places[lo : lo + size]
             rows = self._conn.execute(
                 f"SELECT {ROW_COLUMNS} FROM staged WHERE seq BETWEEN ? AND ? AND seq IN "
-                "(SELECT seq FROM state WHERE todo AND seq BETWEEN ? AND ?) ORDER BY seq",
+                f"(SELECT seq FROM state WHERE {which} AND seq BETWEEN ? AND ?) ORDER BY seq",
                 [int(part[0]), int(part[-1])] * 2,
             ).fetchall()
             yield tuple(Row(*row) for row in rows)
@@ -311,14 +352,21 @@ class Stage:
                 replace_rows(conn, "touched")
                 conn.unregister("touched")
                 replaced += batch.num_rows
-            sources = self._conn.execute("SELECT source FROM staged UNION SELECT source FROM bad").fetchall()
-            conn.execute(
-                "DELETE FROM registry.quarantine WHERE dataset = ? AND source IN (SELECT unnest(?::VARCHAR[]))",
-                [self.dataset, [row[0] for row in sources]],
-            )
+            if self._range is None:
+                sources = self._conn.execute("SELECT source FROM staged UNION SELECT source FROM bad").fetchall()
+                conn.execute(
+                    "DELETE FROM registry.quarantine WHERE dataset = ? AND source IN (SELECT unnest(?::VARCHAR[]))",
+                    [self.dataset, [row[0] for row in sources]],
+                )
             listing = "SELECT source, line, id, reason FROM bad ORDER BY source, line, seq"
             for batch in self._conn.sql(listing).to_arrow_reader(65536):
                 conn.register("aside", batch_table(batch))
+                if self._range is not None:  # what other parts of the input left there stays
+                    conn.execute(
+                        "DELETE FROM registry.quarantine q USING aside a WHERE q.dataset = ? AND q.source = a.source "
+                        "AND q.line = a.line",
+                        [self.dataset],
+                    )
                 conn.execute(
                     "INSERT INTO registry.quarantine SELECT ?, source, line, id, reason, now()::TIMESTAMP FROM aside",
                     [self.dataset],

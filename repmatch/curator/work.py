@@ -1,0 +1,168 @@
+"""The work of an ingest: from staged rows to stored factors, window by window, overlapping where it pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmatch.curator.windows import Batches, Progress, grouped, window_tokens, windows, windows_at_once
+from repmatch.datamodels import BadRow, Dataset, FactorBatch, Layout
+
+if TYPE_CHECKING:
+    from repmatch.curator.engine import FactorEngine
+    from repmatch.curator.tasks import Example, Task
+    from repmatch.curator.workbench import Workbench
+    from repmatch.store import Stage, Store
+
+# Instances on which the cost of sign codes is measured, from the first window.
+SIGN_SAMPLE = 256
+# Instances on which precision and batch size are chosen.
+LOOK = 32
+
+
+class Work:
+    """One ingest's factors: from staged rows to stored ones.
+
+    Attributes:
+        detail: what was measured on the way.
+
+    Args:
+        store: the store, writable.
+        stage: the rows.
+        bench: the workbench.
+        dataset: the dataset's record.
+        tell: called with (stage, done, total or None).
+    """
+
+    def __init__(self, store: Store, stage: Stage, bench: Workbench, dataset: Dataset, tell: Progress) -> None:
+        self.detail: dict[str, Any] = {}
+        self._store = store
+        self._stage = stage
+        self._bench = bench
+        self._dataset = dataset
+        self._total = 0
+        self._tell = tell
+
+    @cached_property
+    def task(self) -> Task:
+        """The dataset's task."""
+        made: Task = self._bench.task(self._dataset.labels, self._dataset.fields)
+        return made
+
+    @cached_property
+    def engine(self) -> FactorEngine:
+        """The factor engine at the space's start."""
+        return self._bench.engine(self._dataset.labels, self.task)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return window_tokens(self._bench, self.engine)
+
+    def compute(self, total: int) -> tuple[int, int, list[BadRow]]:
+        """Compute and store every factor that is missing.
+
+        Args:
+            total: how many they are.
+
+        Returns:
+            Factors stored, instances among them that were cut, and the rows without a finite factor.
+        """
+        self._total = total
+        if total == 0:
+            return 0, 0, []
+        from repmatch.curator.overlap import ahead, behind
+
+        dataset, engine = self._dataset, self.engine
+        self._tell("factors", 0, total)
+        batches = Batches(engine, self.task, self._bench.batch_tokens)
+        overlapping = engine.device.type == "cuda"
+        stream = grouped(windows(self._stage.todo(), self.task, self.tokens), windows_at_once(engine))
+        done = truncated = 0
+        lost: list[BadRow] = []
+        with behind(self._keep, overlapping) as keep:
+            for rows, examples, sizes in ahead(stream, overlapping):
+                if "precision" not in self.detail:
+                    self._look(batches, examples)
+                batch, bad = batches.factors(rows, examples, sizes=sizes, tick=partial(self._within, done))
+                if "sign_error" not in self.detail and dataset.encoding == "sign":
+                    self.detail["sign_error"] = sign_error(batch.values[:SIGN_SAMPLE], engine.layout)
+                if batch.rows:
+                    keep(batch)
+                lost += bad
+                truncated += int(batch.truncated.sum())
+                done += len(rows)
+                self._tick(done)
+        return done - len(lost), truncated, lost
+
+    def _keep(self, batch: FactorBatch) -> None:
+        self._store.append(self._dataset.name, self._bench.space.id, self._dataset.encoding, batch)
+
+    def _within(self, before: int, done: int) -> None:
+        self._tick(before + done)
+
+    def _tick(self, done: int) -> None:
+        self._tell("factors", done, self._total)
+
+    def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
+        from repmatch.curator.tasks import OwnModel
+
+        if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
+            batches.engine.check_apart(batches.task.collate(list(examples[:LOOK])))
+        self.detail |= look(batches, self._bench, examples[:LOOK])
+
+
+def look(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dict[str, Any]:
+    """Choose the precision, and on CUDA the batch size, on the first rows of an ingest.
+
+    Args:
+        batches: are set accordingly.
+        bench: names the device.
+        examples: the first rows, at most `LOOK` of them.
+
+    Returns:
+        What was chosen and measured.
+    """
+    from repmatch.curator import precision
+    from repmatch.curator.memory import Meter, fitting_tokens
+
+    few = batches.task.collate(list(examples))
+    detail: dict[str, Any] = {}
+    chosen, agreement = precision.choose(batches.engine, few)
+    if batches.engine.device.type == "cuda" and bench.fits_memory and "input_ids" in few:
+        batches.limit = fitting_tokens(batches.engine.compute, few, Meter.of_cuda(batches.engine.device))
+        detail["batch_tokens"] = batches.limit
+    detail |= {"device": bench.device, "precision": chosen}
+    if agreement:
+        detail["agreement_with_float32"] = agreement
+    return detail
+
+
+def sign_error(values: NDArray[np.float32], layout: Layout) -> dict[str, float]:
+    """Measure what sign codes lose: the squared cosine of each matrix' exact direction with its signs.
+
+    Args:
+        values: (n, layout.width) float32, rank 1.
+        layout: how they lie.
+
+    Returns:
+        Instances measured, and the mean, first percentile and minimum over instances and matrices.
+    """
+    cosines = []
+    for lo, hi in zip(layout.offsets, layout.offsets[1:], strict=False):
+        block = values[:, lo:hi].astype(np.float64)
+        there = np.linalg.norm(block, axis=1) > 0
+        cosines.append(np.abs(block[there]).sum(axis=1) ** 2 / (hi - lo))
+    found = np.concatenate(cosines)
+    if not len(found):
+        return {"instances": len(values), "mean": 1.0, "first_percentile": 1.0, "minimum": 1.0}
+    return {
+        "instances": len(values),
+        "mean": round(float(found.mean()), 6),
+        "first_percentile": round(float(np.percentile(found, 1)), 6),
+        "minimum": round(float(found.min()), 6),
+    }
