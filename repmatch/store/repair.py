@@ -132,8 +132,8 @@ class Repair(Removal):
         """Make a new catalog; the damaged one and whatever the new one does not take in stay as copies.
 
         A damaged write-ahead log alone costs its own commits. Of a damaged catalog every table that can be read is
-        kept; what cannot be read of instances and factors comes from the journals. The new catalog takes the old one's place
-        at the very end, so that a repair that is killed begins anew.
+        kept; what cannot be read of instances and factors comes from the journals. The new catalog takes the old one's
+        place at the very end, so that a repair that is killed begins anew.
         """
         aside = []
         log = self.path / f"{NAME}.wal"
