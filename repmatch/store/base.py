@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from repmatch.datamodels import Space
 
 Mode = Literal["r", "w"]
-_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal")
+_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal", "catalog.rebuilt.duckdb")
 SEGMENT_BYTES = 256 << 20
 
 

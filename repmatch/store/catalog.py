@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,10 @@ from repmatch.store.files import sync_folder, writing_to
 
 NAME = "catalog.duckdb"
 PATIENCE = 30.0
-_DAMAGE = ("corrupt", "checksum", "not a valid duckdb", "internal error", "serialization", "deserialize")
+_DAMAGE = (
+    *("corrupt", "checksum", "not a valid duckdb", "internal error", "serialization", "deserialize"),
+    *("could not read enough bytes", "could not read all bytes"),
+)
 
 
 @dataclass
@@ -199,11 +202,12 @@ class Catalog:
         with self._opened(read_only=False) as conn:
             conn.execute("CHECKPOINT")
 
-    def create(self, store_uuid: str | None = None) -> None:
+    def create(self, store_uuid: str | None = None, fill: Callable[[Any], None] | None = None) -> None:
         """Make the catalog under a temporary name and rename it, so that it is there in full or not at all.
 
         Args:
             store_uuid: the store's UUID where it has one.
+            fill: puts rows in before the catalog takes its place.
         """
         import duckdb
 
@@ -221,6 +225,8 @@ class Catalog:
                 "INSERT INTO registry.meta VALUES ('uuid', ?), ('created_by', ?), ('created', now()::VARCHAR)",
                 [store_uuid or uuid.uuid4().hex, __version__],
             )
+            if fill is not None:
+                fill(conn)
             conn.close()
         except duckdb.Error as error:
             raise explain(error, self.path) from error

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repmatch.errors import RepMatchError, StoreCorruptError
-from repmatch.store.catalog import NAME, explain, first
+from repmatch.store.catalog import NAME, Catalog, explain, first
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.health import Finding, damaged_batches
 from repmatch.store.recovery import Committed, committed_segments, journal_of, recover
 from repmatch.store.removal import Removal
+from repmatch.store.salvage import Salvage
 from repmatch.store.segment import HEADER_BYTES, SegmentFile, SegmentHeader
 
 logger = logging.getLogger(__name__)
 ASIDE = ".damaged"
+REBUILT = "catalog.rebuilt.duckdb"
 
 _ORPHANS = (
     "factors WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",
@@ -30,6 +32,9 @@ _ORPHANS = (
     "members WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",
     "picks WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",
     "represented WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",
+    "members WHERE subset_pk NOT IN (SELECT pk FROM registry.subsets)",
+    "picks WHERE coreset_pk NOT IN (SELECT pk FROM registry.coresets)",
+    "represented WHERE coreset_pk NOT IN (SELECT pk FROM registry.coresets)",
 )
 
 
@@ -60,16 +65,18 @@ class Repair(Removal):
     def repair(self) -> Repaired:
         """Drop what fails its checksum, keep everything else, and set damaged files aside.
 
-        A catalog that cannot be read is rebuilt from the journals: datasets, instances, factors and adapters come back,
-        scores, subsets, coresets, runs and the quarantine list do not, and deletions are only known if they were
-        compacted.
+        Of a catalog that is damaged every table that can be read is kept, and a damaged write-ahead log costs its own
+        commits alone. Instances and factors that cannot be read, or all where the catalog is gone, are taken from the
+        journals, adapters from their files; then scores, subsets, coresets, runs and the quarantine list are lost as
+        far as they cannot be read, and deletions are only known if they were compacted.
 
         Returns:
             What was wrong and what was done.
         """
         findings = self.verify() if self._catalog.exists() else self._lost_catalog()
         if not findings:
-            return Repaired((), 0, (), (), (), ())
+            with self.writing():  # enters what an interrupted write left in journals and adapter files
+                return Repaired((), 0, (), (), (), ())
         aside: list[str] = []
         with self._locked():
             if not self._readable():
@@ -122,12 +129,43 @@ class Repair(Removal):
             raise problem from error
 
     def _rebuild(self) -> list[str]:
-        """Make a new catalog from the journals; the damaged one and whatever it does not take in stay as copies."""
+        """Make a new catalog; the damaged one and whatever the new one does not take in stay as copies.
+
+        A damaged write-ahead log alone costs its own commits. Of a damaged catalog every table that can be read is
+        kept; what cannot be read of instances and factors comes from the journals. The new catalog takes the old one's
+        place at the very end, so that a repair that is killed begins anew.
+        """
         aside = []
-        for path in sorted(self.path.glob(NAME + "*")):
-            if path.name in (NAME, NAME + ".wal"):
-                aside.append(self._aside(path))
-        uuid = None
+        log = self.path / f"{NAME}.wal"
+        if log.exists():
+            aside.append(self._aside(log))
+            if self._readable():
+                return aside
+        old = Salvage(self._catalog.path) if self._catalog.exists() else None
+        new = Catalog(self.path)
+        new.path = self.path / REBUILT
+        for leftover in (new.path, new.path.with_name(f"{REBUILT}.wal")):
+            leftover.unlink(missing_ok=True)
+        if old is not None and old.has_core:
+            new.create(old.uuid, fill=old.fill)
+        else:
+            uuid, copies = self._uncertain_segments()
+            aside += copies
+            new.create((old.uuid if old is not None else None) or uuid)
+            recover(new, self.path)
+            if old is not None:
+                with new._opened(read_only=False) as conn:
+                    old.enter(conn)
+        if old is not None:
+            aside.append(self._aside(self._catalog.path, keep=True))
+        with writing_to(self.path):
+            new.path.replace(self._catalog.path)
+            sync_folder(self.path)
+        return aside
+
+    def _uncertain_segments(self) -> tuple[str | None, list[str]]:
+        """Return the store's UUID as segments have it, and copies of those of which journals do not hold every row."""
+        uuid, aside = None, []
         for path in sorted((self.path / "segments").glob("*.bin")):
             try:
                 header = SegmentFile(path.parent, int(path.stem), 1).header()
@@ -141,9 +179,7 @@ class Repair(Removal):
                     if part.exists():
                         shutil.copyfile(part, copy)
                         aside.append(str(copy))
-        self._catalog.create(uuid)
-        recover(self._catalog, self.path)
-        return aside
+        return uuid, aside
 
     def _set_broken_headers_aside(self) -> list[str]:
         """A segment with a broken header gets its header again: rows are found without it, by the catalog."""
@@ -235,13 +271,17 @@ class Repair(Removal):
             for rows in _ORPHANS:
                 conn.execute(f"DELETE FROM registry.{rows}")
 
-    def _aside(self, path: Path) -> str:
+    def _aside(self, path: Path, *, keep: bool = False) -> str:
+        """Give a file another name, or a second one where it is to be replaced in one go."""
         target, count = path.with_name(path.name + ASIDE), 1
         while target.exists():
             count += 1
             target = path.with_name(f"{path.name}{ASIDE}{count}")
         with writing_to(path):
-            path.rename(target)
+            if keep:
+                target.hardlink_to(path)
+            else:
+                path.rename(target)
             sync_folder(path.parent)
         logger.warning("set aside as %s", target)
         return str(target)

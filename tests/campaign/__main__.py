@@ -1,0 +1,123 @@
+"""The fault campaign: does a store keep what was committed, whatever happens to it?
+
+    PYTHONPATH=tests python -m campaign --trials 500 --seed 0
+
+Every trial has a seed of its own, told where it goes wrong; --only KIND --seed N repeats one. Exits 1 if anything went
+wrong: something committed was lost, something half-written was seen, damage was not noticed, a repair left damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from campaign import child, company, damage, kills, limits
+from campaign.tally import Outcome, Tally
+
+Act = Callable[[Path, random.Random], Outcome]
+# How many of a hundred trials each kind gets.
+SHARES = {
+    "kill": 30,
+    "kill again": 10,
+    "damage": 30,
+    "repair killed": 6,
+    "full disk": 2,
+    "read-only": 6,
+    "no memory": 4,
+    "clock": 4,
+    "two writers": 3,
+    "ten readers": 2,
+    "hang": 3,
+}
+
+
+def acts(folder: Path, seed: int) -> dict[str, Act]:
+    """Return what each kind of trial does.
+
+    Args:
+        folder: where sound stores are made to be struck.
+        seed: of those stores.
+    """
+    child.CONTEXT.set_forkserver_preload(list(child.LIGHT))  # children start at once, and need no files of Python's
+    for i in range(4):
+        (folder / f"base{i}").mkdir(parents=True)
+    bases = [damage.make_base(folder / f"base{i}", seed + i, logged=i % 2 == 1) for i in range(4)]
+    quiet = [base for base in bases if base.logged is None]
+    costs = kills.Costs(folder / "costs")
+    repair_lines = costs.lines.get("repair", 200)
+
+    def struck(place: Path, rng: random.Random) -> Outcome:
+        return damage.damage(place, rng, bases, rng.choice(damage.TARGETS), rng.choice(damage.WAYS))
+
+    return {
+        "kill": partial(kills.kill, costs=costs, bases=bases),
+        "kill again": partial(kills.kill_again, costs=costs, bases=bases),
+        "damage": struck,
+        "repair killed": partial(damage.repair_killed, bases=bases, lines=2 * repair_lines),
+        "full disk": partial(limits.full_disk, bases=quiet),
+        "read-only": partial(limits.read_only, bases=quiet),
+        "no memory": partial(limits.no_memory, bases=quiet),
+        "clock": partial(limits.clock, bases=quiet),
+        "two writers": company.two_writers,
+        "ten readers": company.ten_readers,
+        "hang": partial(company.hang, costs=costs, bases=quiet),
+    }
+
+
+def order(trials: int, only: Sequence[str], seed: int) -> list[tuple[str, int]]:
+    """Return kind and seed of each trial; of kinds chosen by name, as many as asked for of each in turn."""
+    if only:
+        return [(only[i % len(only)], seed + i) for i in range(trials)]
+    rng = random.Random(seed)
+    kinds = rng.choices(list(SHARES), weights=list(SHARES.values()), k=max(0, trials - len(SHARES)))
+    every = [*list(SHARES)[:trials], *kinds]  # each kind once before chance decides
+    return [(kind, seed + i) for i, kind in enumerate(every)]
+
+
+def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = None) -> Tally:
+    """Run a campaign.
+
+    Args:
+        trials: how many.
+        seed: of the first trial; the others count on from it.
+        only: kinds, all by default.
+        folder: where to work; what went wrong stays there.
+
+    Returns:
+        The tally.
+    """
+    tally = Tally()
+    work = Path(tempfile.mkdtemp(prefix="campaign-")) if folder is None else folder
+    work.mkdir(parents=True, exist_ok=True)
+    work.chmod(0o755)
+    found = acts(work / "sound", 0)
+    for at, (kind, own) in enumerate(order(trials, only, seed)):
+        place = work / f"{at:05}-{kind.replace(' ', '-')}"
+        tally.trial(kind, own, place, lambda place, kind=kind, own=own: found[kind](place, random.Random(own)))  # type: ignore[misc]
+        if (at + 1) % 20 == 0:
+            print(f"{at + 1} of {trials}, wrong {len(tally.wrong)}", file=sys.stderr, flush=True)  # noqa: T201
+    if not tally.wrong and folder is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return tally
+
+
+def main() -> int:
+    """Run what the command line asks for and print the tally."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial (default 0)")
+    parser.add_argument("--only", nargs="+", default=[], choices=[*SHARES], metavar="KIND", help=", ".join(SHARES))
+    options = parser.parse_args()
+    tally = run(options.trials, options.seed, options.only)
+    print(f"{options.trials} trials, seed {options.seed}\n\n{tally.table()}")  # noqa: T201
+    return bool(tally.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

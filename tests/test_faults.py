@@ -1,0 +1,36 @@
+"""A short form of the fault campaign; `make faults` runs the long one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")
+def test_a_store_keeps_what_was_committed_whatever_happens() -> None:
+    kinds = ["kill", "kill again", "damage", "repair killed"]
+    command = [sys.executable, "-m", "campaign", "--trials", "12", "--seed", "7", "--only", *kinds]
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong: 0" in done.stdout
+
+
+def test_the_campaign_tells_what_is_lost(tmp_path: Path) -> None:
+    from campaign.tally import Outcome, Tally, Wrong
+
+    def lose(_: Path) -> Outcome:
+        raise Wrong("lost", "one row")
+
+    tally = Tally()
+    tally.trial("kill", 3, tmp_path / "a", lose)
+    tally.trial("kill", 4, tmp_path / "b", lambda _: Outcome(note="well"))
+    assert tally.counts["kill"]["lost"] == 1
+    assert "--only kill --seed 3: lost: one row" in tally.wrong[0]
+    assert not (tmp_path / "b").exists()
