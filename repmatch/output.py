@@ -57,12 +57,16 @@ class Output:
         self._stage = ""
 
     def line(self, text: str) -> None:
-        """Write one line of data."""
+        """Write data for a person to read; what would command the terminal is shown."""
+        self.raw("\n".join(printable(line) for line in text.split("\n")))
+
+    def raw(self, text: str) -> None:
+        """Write one line of data for a program to read, as it is."""
         self._out.write(text + "\n")
 
     def json(self, value: Any) -> None:
         """Write one JSON object on one line of data."""
-        self.line(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        self.raw(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
     def text(self, text: str) -> None:
         """Write one line of data where no JSON is asked for."""
@@ -81,7 +85,7 @@ class Output:
         widths = [max(len(h), *(len(row[i]) for row in cells), 0) for i, h in enumerate(header)]
         for row in [list(header), *cells]:
             padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numbers, strict=True)]
-            self.line("  ".join(padded).rstrip())
+            self.raw("  ".join(padded).rstrip())
 
     def hint(self, text: str) -> None:
         """Write a remark for the person, unless quiet."""

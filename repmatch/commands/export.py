@@ -40,7 +40,7 @@ def export(context: Context, /, name: str, path: Path | None, with_scores: bool,
     with context.open() as store:
         if path is None or str(path) == "-":
             for line in export_lines(store, name, with_scores=with_scores):
-                context.output.line(line)
+                context.output.raw(line)
             return
         manifest = write_export(store, name, path, with_scores=with_scores, card=card, dry_run=dry_run)
     if dry_run:

@@ -164,7 +164,8 @@ def _show(output: Output, found: Selected, labels: dict[str, tuple[int, int]], t
     output.table(["rank", "id", "gain", "represents", "label", "text"], shown)
     if len(rows) > SHOWN:
         output.line(f"and {len(rows) - SHOWN} more")
-    output.line("labels: " + ", ".join(f"{label} {picked} of {whole}" for label, (picked, whole) in labels.items()))
+    if any(labels):  # a task may have none
+        output.line("labels: " + ", ".join(f"{label} {picked} of {whole}" for label, (picked, whole) in labels.items()))
     selection = found.selection
     if selection.certainty is not None:
         output.line(f"objective {selection.value:.4f}: at least {selection.certainty:.1%} of the best possible")

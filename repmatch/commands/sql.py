@@ -52,7 +52,7 @@ def sql(context: Context, /, query: str | None, limit: int, as_csv: bool, views:
         return
     if as_csv:
         for line in _csv([found.columns, *found.iter_rows()]):
-            output.line(line)
+            output.raw(line)
         return
     output.table(found.columns, [[_cell(value) for value in row] for row in found.head(limit).iter_rows()])
     if found.height > limit:
