@@ -38,6 +38,25 @@ def core(name: str, picks: tuple[str, ...], everyone: int = 6) -> Coreset:
     )  # fmt: skip
 
 
+def test_a_reader_on_its_way_never_mixes_up_who_is_deleted_and_added(tmp_path: Path) -> None:
+    store, space = filled(tmp_path / "s")
+    sound = expected(*range(12))
+    with stores.open(tmp_path / "s", mode="r") as reader:
+        parts = reader.iter_factors("d", size=2)
+        seen = [next(parts)]
+        store.delete("d", ids=["r3", "r5"])  # the last one too, whose key must not go to another
+        store.append("d", space.id, "float32", make_batch(make_rows(8, 9), space))
+        seen += list(parts)
+    assert [part.ids for part in seen] == [("r0", "r1"), ("r2",), ("r4",)]
+    for part in seen:
+        assert part.flat is not None
+        for name, row in zip(part.ids, part.flat, strict=True):
+            assert row.tobytes() == sound[name][1]
+    assert content(store) == expected(0, 1, 2, 4, 8, 9)
+    keys = store.sql("SELECT count(*) AS n FROM factors").item()
+    assert keys == 6
+
+
 def test_delete_leaves_the_rest_untouched(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "s")
     store.save_subset("some", "d", ["r1", "r2", "r3"])

@@ -49,7 +49,7 @@ class ArrowTables(FactorTables):
         def parts() -> Iterator[Any]:
             for lo in range(0, len(located.keys), size):
                 part = located.part(slice(lo, lo + size))
-                yield _batch(part.load(self._ids_of(part.keys)), schema)
+                yield _batch(self._load_named(part), schema)
 
         return pa.RecordBatchReader.from_batches(schema, parts())
 

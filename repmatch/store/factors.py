@@ -261,7 +261,7 @@ class FactorTables(Instances):
             UnknownNameError: an id is not in the dataset, or has no factor in the space.
         """
         located = self._locate(dataset, space_id, ids)
-        return located.load(tuple(ids) if ids is not None else self._ids_of(located.keys))
+        return located.load(tuple(ids)) if ids is not None else self._load_named(located)
 
     def iter_factors(self, dataset: str, size: int = 8192, *, space_id: str | None = None) -> Iterator[Factors]:
         """Stream the factors of a dataset in its order.
@@ -276,7 +276,14 @@ class FactorTables(Instances):
         """
         located = self._locate(dataset, space_id, None)
         parts = (located.part(slice(lo, lo + size)) for lo in range(0, len(located.keys), size))
-        return (part.load(self._ids_of(part.keys)) for part in parts)
+        return (self._load_named(part) for part in parts)
+
+    def _load_named(self, located: Located) -> Factors:
+        """Read factors with their ids; those whose instances were deleted since they were located are left out."""
+        named = [row for rows in self._chunks(located.keys, "i.pk, i.id", 65536) for row in rows]
+        if len(named) < len(located.keys):
+            located = located.part(np.isin(located.keys, [pk for pk, _ in named]))
+        return located.load(tuple(name for _, name in named))
 
     def _ids_of(self, keys: NDArray[np.int64]) -> tuple[str, ...]:
         return tuple(row[0] for rows in self._chunks(keys, "i.id", 65536) for row in rows)

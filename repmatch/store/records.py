@@ -101,6 +101,9 @@ def put_space(conn: Any, space: Space) -> int:
     return key
 
 
+SPENT_INSTANCES = "spent_instances"  # in the table of meta: the largest key of an instance that was deleted
+
+
 def next_key(conn: Any, table: str) -> int:
     """Return the next free key of a table.
 
@@ -109,12 +112,15 @@ def next_key(conn: Any, table: str) -> int:
         table: its name in `registry`.
 
     Returns:
-        One more than the largest key, from 1; keys of segments and batches that were dropped are not used again.
+        One more than the largest key, from 1; keys of instances that were deleted, and of segments and batches that
+        were dropped, are not used again: a reader may still hold them.
     """
     spent = {"segments": "segment_pk", "batches": "last_batch"}.get(table)
     query = f"SELECT coalesce(max(pk), 0) AS pk FROM registry.{table}"
     if spent:
         query += f" UNION ALL SELECT coalesce(max({spent}), 0) FROM registry.dropped"
+    if table == "instances":
+        query += f" UNION ALL SELECT coalesce(max(value::BIGINT), 0) FROM registry.meta WHERE key = '{SPENT_INSTANCES}'"
     return int(first(conn.execute(f"SELECT max(pk) + 1 FROM ({query})"))[0])
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from repmatch.errors import UsageError, quote_list
 from repmatch.store.catalog import first
 from repmatch.store.compaction import Compaction
+from repmatch.store.records import SPENT_INSTANCES, next_key
 
 _LEAN = ("scores", "factors", "members", "represented", "picks")
 
@@ -114,6 +115,12 @@ class Removal(Compaction):
         for table in _LEAN:
             conn.execute(f"DELETE FROM registry.{table} WHERE instance_pk IN (SELECT pk FROM going)")
         conn.execute("DELETE FROM registry.instances WHERE pk IN (SELECT pk FROM going)")
+        if len(keys):
+            spent = next_key(conn, "instances") - 1
+            conn.execute("DELETE FROM registry.meta WHERE key = ?", [SPENT_INSTANCES])
+            conn.execute(
+                "INSERT INTO registry.meta VALUES (?, ?)", [SPENT_INSTANCES, str(max(spent, int(np.max(keys))))]
+            )
         conn.execute("DROP TABLE going")
         return names
 
