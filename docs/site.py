@@ -23,6 +23,7 @@ PAGES: dict[str, list[tuple[str, str]]] = {
         ("Picking a coreset", "coresets.md"),
         ("Instruction tuning", "instruction-tuning.md"),
         ("Does it choose better data?", "evaluation.md"),
+        ("What works: findings", "findings.md"),
         ("Tasks, matrices, steps, warm starts", "tasks.md"),
         ("Hunting label errors", "label-errors.md"),
         ("Comparing adapters", "adapters.md"),

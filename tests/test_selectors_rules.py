@@ -352,7 +352,7 @@ def test_parts_that_are_interrupted() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         partitioned(KERNEL, 6, parts=2, progress=at(4))
-    found = partitioned(KERNEL, 6, parts=2, progress=at(18 + 4))
+    found = partitioned(KERNEL, 6, parts=2, progress=at(12 + 4))  # six proposals of each part first
     assert (len(found), found.complete) == (4, False)
     assert found.indices.tolist() == partitioned(KERNEL, 6, parts=2).indices[:4].tolist()
 

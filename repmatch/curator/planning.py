@@ -87,7 +87,7 @@ class Plan:
             "device": self.device,
             "precision": self.precision,
             "start_rows": self.start_rows,
-            "start_seconds": round(self.start_seconds, 1),
+            "start_seconds": round(self.start_seconds, 3),
         }
 
 
