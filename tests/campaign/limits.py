@@ -113,7 +113,8 @@ def read_only(folder: Path, rng: random.Random, bases: Sequence[Base]) -> Outcom
     with stores.open(path, mode="r") as store:
         at = which(read_state(store, folder / "exports"), expected, child.done(), f"{victim.name} read-only")
         sound(store, f"{victim.name} read-only")
-    victim.chmod(mode)
+    if victim.exists():  # a compaction may have removed it
+        victim.chmod(mode)
     whole_after(path, script, expected, at)
     kind = victim.name if victim.suffix not in (".bin", ".journal") else victim.suffix
     return Outcome(
