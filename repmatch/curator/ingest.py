@@ -18,6 +18,7 @@ from repmatch.curator.work import Work
 from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
+from repmatch.store.records import united_columns
 
 if TYPE_CHECKING:
     from repmatch.curator.cluster.connection import ClusterOptions
@@ -279,9 +280,7 @@ def _record(
                 f"the dataset {name!r} keeps its factors as {known.encoding}, not {options.encoding}; leave --encoding "
                 "out, or ingest into a new dataset."
             )
-        columns = {**known.columns, **reader.columns}
-        columns |= {c: "json" for c, kind in known.columns.items() if reader.columns.get(c, kind) != kind}
-        return replace(known, columns=columns)
+        return replace(known, columns=united_columns(known.columns, reader.columns))
     if reader.fields.form not in CLASSED:
         return Dataset(name, reader.fields, (), reader.columns, None, options.encoding or "float16")
     if len(labels) < 2:

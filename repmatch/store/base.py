@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
-from repmatch.store.catalog import NAME, Catalog, read_meta
+from repmatch.store.catalog import NAME, REBUILT, Catalog, read_meta
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.lock import WriterLock
 from repmatch.store.recovery import recover
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from repmatch.datamodels import Space
 
 Mode = Literal["r", "w"]
-_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal", "catalog.rebuilt.duckdb")
+_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal", REBUILT)
 SEGMENT_BYTES = 256 << 20
 
 

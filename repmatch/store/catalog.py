@@ -34,6 +34,7 @@ from repmatch.store import migrations
 from repmatch.store.files import sync_folder, writing_to
 
 NAME = "catalog.duckdb"
+REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
 PATIENCE = 30.0
 _DAMAGE = (
     *("corrupt", "checksum", "not a valid duckdb", "internal error", "serialization", "deserialize"),

@@ -280,10 +280,11 @@ class FactorTables(Instances):
 
     def _load_named(self, located: Located) -> Factors:
         """Read factors with their ids; those whose instances were deleted since they were located are left out."""
-        named = [row for rows in self._chunks(located.keys, "i.pk, i.id", 65536) for row in rows]
-        if len(named) < len(located.keys):
-            located = located.part(np.isin(located.keys, [pk for pk, _ in named]))
-        return located.load(tuple(name for _, name in named))
+        ids = self._ids_of(located.keys)
+        if len(ids) == len(located.keys):
+            return located.load(ids)
+        left = dict(row for rows in self._chunks(located.keys, "i.pk, i.id", 65536) for row in rows)
+        return located.part(np.isin(located.keys, list(left))).load(tuple(left.values()))
 
     def _ids_of(self, keys: NDArray[np.int64]) -> tuple[str, ...]:
         return tuple(row[0] for rows in self._chunks(keys, "i.id", 65536) for row in rows)

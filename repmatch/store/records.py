@@ -101,7 +101,20 @@ def put_space(conn: Any, space: Space) -> int:
     return key
 
 
-SPENT_INSTANCES = "spent_instances"  # in the table of meta: the largest key of an instance that was deleted
+def united_columns(mine: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of a dataset that more rows came to.
+
+    Args:
+        mine: name -> kind, as they were.
+        theirs: of the rows that came.
+
+    Returns:
+        Name -> kind of all; "json" where the kinds differ.
+    """
+    return {**mine, **theirs, **{name: "json" for name, kind in mine.items() if theirs.get(name, kind) != kind}}
+
+
+SPENT_INSTANCES = "spent_instances"  # in the table of meta: the largest key that an instance had at the last deletion
 
 
 def next_key(conn: Any, table: str) -> int:

@@ -114,13 +114,10 @@ class Removal(Compaction):
         _drop_coresets(conn, names)
         for table in _LEAN:
             conn.execute(f"DELETE FROM registry.{table} WHERE instance_pk IN (SELECT pk FROM going)")
+        spent = next_key(conn, "instances") - 1
+        conn.execute("DELETE FROM registry.meta WHERE key = ?", [SPENT_INSTANCES])
+        conn.execute("INSERT INTO registry.meta VALUES (?, ?)", [SPENT_INSTANCES, str(spent)])
         conn.execute("DELETE FROM registry.instances WHERE pk IN (SELECT pk FROM going)")
-        if len(keys):
-            spent = next_key(conn, "instances") - 1
-            conn.execute("DELETE FROM registry.meta WHERE key = ?", [SPENT_INSTANCES])
-            conn.execute(
-                "INSERT INTO registry.meta VALUES (?, ?)", [SPENT_INSTANCES, str(max(spent, int(np.max(keys))))]
-            )
         conn.execute("DROP TABLE going")
         return names
 

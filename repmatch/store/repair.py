@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repmatch.errors import RepMatchError, StoreCorruptError
-from repmatch.store.catalog import NAME, Catalog, explain, first
+from repmatch.store.catalog import NAME, REBUILT, Catalog, explain, first
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.health import Finding, damaged_batches
 from repmatch.store.recovery import Committed, committed_segments, journal_of, recover
@@ -21,7 +21,6 @@ from repmatch.store.segment import HEADER_BYTES, SegmentFile, SegmentHeader
 
 logger = logging.getLogger(__name__)
 ASIDE = ".damaged"
-REBUILT = "catalog.rebuilt.duckdb"
 
 _ORPHANS = (
     "factors WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from repmatch.datamodels import Dataset
 from repmatch.errors import SpaceMismatchError, UsageError, quote_list
 from repmatch.store.catalog import hide_progress
 from repmatch.store.compaction import MOVE_ROWS
+from repmatch.store.records import united_columns
 from repmatch.store.recovery import committed_segments
 from repmatch.store.repair import Repair
 
@@ -95,7 +96,7 @@ class Union(Repair):
             if progress is not None:
                 progress("merging stores", len(others), len(others))
             known = sorted({*before, *(part for some in parts for part in some)}, key=lambda p: (p.dataset, p.number))
-            run.detail.update(factors=taken, shards=[_as_json(part) for part in known])
+            run.detail.update(factors=taken, shards=[asdict(part) for part in known])
         rows = dict(self.datasets().select("name", "rows").iter_rows())
         return Merged(tuple(str(o.path) for o in others), taken, total - taken, rows, _missing(known))
 
@@ -152,8 +153,7 @@ class Union(Repair):
             self.save_space(other.space(dataset.space_id))
         if self.has_dataset(dataset.name):
             mine = self.dataset(dataset.name)
-            columns = {**mine.columns, **dataset.columns}
-            columns |= {c: "json" for c, kind in mine.columns.items() if dataset.columns.get(c, kind) != kind}
+            columns = united_columns(mine.columns, dataset.columns)
             dataset = replace(mine, columns=columns, space_id=mine.space_id or dataset.space_id)
             if dataset == mine:
                 return
@@ -269,10 +269,6 @@ def _parts_of(store: Union) -> Iterator[_Part]:
         elif command == "merge":
             for shard in done.get("shards", []):
                 yield _Part(**shard)
-
-
-def _as_json(part: _Part) -> dict[str, Any]:
-    return {name: getattr(part, name) for name in part.__dataclass_fields__}
 
 
 def _missing(parts: Sequence[_Part]) -> dict[str, tuple[str, ...]]:
