@@ -53,7 +53,7 @@ def evaluate(
     \b
     Baselines by name, beside the strategies of select:
       random, full, longest, embeddings, embeddings-k-means, joined, loss-high, loss-low, loss-middle
-    
+    \b
     Rules, with + between:
       balance=FIELD, stratify=FIELD; for strategies of select also signed, matrices=PATTERN, represent=NAME
     """  # noqa: D301 -- click reads the backspace: keep these lines apart

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,7 +124,6 @@ class Pool:
     losses: NDArray[np.float64]
     tokens: NDArray[np.int64]
     embed: Callable[[], NDArray[np.float32]]
-    _rows: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def choose(self, candidate: Candidate, k: int, seed: int) -> tuple[str, ...]:
         """Choose k rows.
@@ -147,13 +147,13 @@ class Pool:
             return self._selected(candidate, k)
         rules = self._rules(candidate)
         if candidate.name == "embeddings-k-means":
-            picks = nearest_to_centres(self._embedded(), k)
+            picks = nearest_to_centres(self._embedded, k)
         elif candidate.name == "joined":
-            picks = facility_location(self._joined_kernel(), k, constraints=rules).indices
+            picks = facility_location(self._joined_kernel, k, constraints=rules).indices
         elif candidate.name == "random":
             picks = random(len(self.ids), k, seed, constraints=rules).indices
         elif candidate.name == "embeddings":
-            picks = facility_location(self._embedding_kernel(), k, constraints=rules).indices
+            picks = facility_location(self._embedding_kernel, k, constraints=rules).indices
         else:
             picks = top(self._values(candidate.name), k, constraints=rules).indices
         return tuple(self.ids[i] for i in picks)
@@ -194,24 +194,25 @@ class Pool:
         values = ["(none)" if held[i] is None else str(held[i]) for i in self.ids]
         return Constraints(balance=values) if candidate.balance else Constraints(stratify=values)
 
+    @cached_property
     def _embedded(self) -> NDArray[np.float32]:
-        if self._rows is None:
-            if len(self.ids) > MOST_EMBEDDED:
-                raise SelectionError(
-                    f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more "
-                    f"than {MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
-                )
-            self._rows = self.embed()
-        return self._rows
+        if len(self.ids) > MOST_EMBEDDED:
+            raise SelectionError(
+                f"the embeddings baseline holds a similarity for every pair, and {len(self.ids)} rows are more than "
+                f"{MOST_EMBEDDED}; leave it out, or evaluate a smaller dataset."
+            )
+        return self.embed()
 
+    @cached_property
     def _embedding_kernel(self) -> NDArray[np.float32]:
-        rows = self._embedded()
-        kernel: NDArray[np.float32] = np.maximum(rows @ rows.T, 0.0)
+        kernel: NDArray[np.float32] = np.maximum(self._embedded @ self._embedded.T, 0.0)
         return kernel
 
+    @cached_property
     def _joined_kernel(self) -> NDArray[np.float32]:
+        other = self._embedding_kernel
         factors = self.curator.store.factors(self.dataset, ids=self.ids)
-        one, other = mean_scores(factors, factors), self._embedding_kernel()
+        one = mean_scores(factors, factors)
         kernel: NDArray[np.float32] = (one / one.mean() + other / other.mean()).astype(np.float32)
         return kernel
 
