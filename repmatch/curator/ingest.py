@@ -353,15 +353,11 @@ def started(
         return bench
     from repmatch.curator import warm
 
-    if asked == "auto":
-        size = warm.default_size(bench, total)
-        if size is None:
-            logger.warning("%s starts cold: too few rows for a warm start, or no head drawn at random", record.name)
-            return bench
-        count: int | None = size
-    else:
-        count = warm.sample_size(str(asked), total)
     asked = str(asked)
+    count = warm.size_of(bench, asked, total)
+    if count is None and asked == "auto":
+        logger.warning("%s starts cold: too few rows for a warm start, or no head drawn at random", record.name)
+        return bench
     if count is None:
         adapter = _warm_of(store, asked)
     else:

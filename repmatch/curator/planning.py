@@ -121,7 +121,9 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
     found = labels if reader.fields.form in CLASSED else ()
     task = bench.task(found, reader.fields)
     trial = _try(bench, task, found, rows, tell)
-    start_rows = _start_size(bench, settings.warm_start, good)
+    from repmatch.curator.warm import size_of
+
+    start_rows = size_of(bench, settings.warm_start, good)
     starting = _start_seconds(bench, found, task, rows, start_rows)
     encoding: Encoding = options.encoding or "float16"
     row_bytes = RowFormat(bench.space.layout, encoding).row_bytes
@@ -144,15 +146,6 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
         start_rows=start_rows or 0,
         start_seconds=starting,
     )
-
-
-def _start_size(bench: Workbench, asked: str | None, total: int) -> int | None:
-    """Return on how many instances a start will be trained; None where none will."""
-    from repmatch.curator import warm
-
-    if asked == "auto":
-        return warm.default_size(bench, total)
-    return None if asked in (None, "none") else warm.sample_size(asked, total)
 
 
 def _start_seconds(bench: Workbench, labels: tuple[str, ...], task: Any, rows: list[Row], count: int | None) -> float:

@@ -93,6 +93,25 @@ def sample_size(asked: str, total: int) -> int | None:
     return min(total, max(2, math.ceil(value / 100 * total)) if share else int(value))
 
 
+def size_of(bench: Workbench, asked: str | None, total: int) -> int | None:
+    """Return on how many instances a start that was asked for is trained.
+
+    Args:
+        bench: the cold workbench.
+        asked: see `Settings.warm_start`.
+        total: instances of the dataset.
+
+    Returns:
+        The number; None where nothing is trained: a cold start, or that of another dataset.
+
+    Raises:
+        UsageError: the number or share is out of range.
+    """
+    if asked in (None, "none"):
+        return None
+    return default_size(bench, total) if asked == "auto" else sample_size(str(asked), total)
+
+
 def steps_for(count: int) -> int:
     """Return how many optimiser steps a start on so many instances takes: five passes, within 10 to 200 steps."""
     return min(max(STEPS[0], math.ceil(PASSES * count / BATCH)), STEPS[1])
