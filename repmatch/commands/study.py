@@ -161,11 +161,12 @@ def spaces(context: Context, /, names: tuple[str, ...], as_json: bool) -> None:
         output.line(said)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise click.BadParameter(f"{text!r}; expected numbers with commas between, such as 1,4,16.") from None
+        said = f"{text!r}; expected numbers with commas between, such as 1,4,16."
+        raise click.BadParameter(said, param_hint=option) from None
 
 
 @study.command()
@@ -181,7 +182,7 @@ def batches(context: Context, /, dataset: str, sizes: str, seed: int, as_json: b
     """How would the factors of DATASET's instances change if they were learned in batches?"""
     from repmatch.curator.study.batches import study_batches
 
-    numbers = _numbers(sizes)
+    numbers = _numbers(sizes, "--sizes")
     with context.open(as_json=as_json) as store:
         found = study_batches(context.curator(store, **given).trainer, dataset, sizes=numbers, seed=seed)
     output = context.output
@@ -217,7 +218,7 @@ def information(
     """
     from repmatch.curator.study.information import study_information
 
-    numbers = _numbers(ranks)
+    numbers = _numbers(ranks, "--ranks")
     with context.open(as_json=as_json, wait=wait) as store:
         trainer = context.curator(store, **given).trainer
         found = study_information(trainer, name, ranks=numbers, rate=full_rate, seed=seed)

@@ -117,7 +117,7 @@ def study_batches(trainer: Trainer, dataset: str, *, sizes: Sequence[int] = SIZE
     named = np.asarray(labels, dtype=object).astype(str)
     a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
     drawn = _Draw(space, gradients, named, a, draw)
-    queries = [int(q) for q in draw.permutation(len(named))[:QUERIES]]
+    queries = {int(q): drawn.step([int(q)]) for q in draw.permutation(len(named))[:QUERIES]}
     told = 1 < len(set(named)) <= len(named) // 4
     table: dict[str, list[float]] = {"inside": [], "outside": [], "alike": [], "mixed": []}
     for size in sizes:
@@ -148,11 +148,18 @@ class _Draw:
             out.append(orthonormal(first_step(mean, self.space.optimizer).double().numpy(), self.a[matrix.name]))
         return out
 
-    def mean_score(self, queries: Sequence[int], size: int, *, holding: bool = True, same: bool | None = None) -> float:
+    def mean_score(
+        self,
+        queries: Mapping[int, list[NDArray[np.float64]]],
+        size: int,
+        *,
+        holding: bool = True,
+        same: bool | None = None,
+    ) -> float:
         """Return the mean score of instances with a batch that holds them or not, drawn anew for each.
 
         Args:
-            queries: positions in the pool.
+            queries: position in the pool -> the directions of the instance's own step.
             size: of the batch.
             holding: whether the instance is in it.
             same: whether the others have its label or another; None: any.
@@ -161,7 +168,7 @@ class _Draw:
             The mean; nan where no instance has enough others.
         """
         scores = []
-        for q in queries:
+        for q, own in queries.items():
             allowed = np.arange(len(self.labels)) != q
             if same is not None:
                 allowed &= (self.labels == self.labels[q]) == same
@@ -170,7 +177,7 @@ class _Draw:
                 continue
             members = self.draw.permutation(others)[:count].tolist()
             batch = self.step([q, *members] if holding else members)
-            scores.append(float(matrix_scores(self.step([q]), batch).mean()))
+            scores.append(float(matrix_scores(own, batch).mean()))
         return float(np.mean(scores)) if scores else float("nan")
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from repmatch.curator import layers, start
 from repmatch.curator.engine import batches_by_tokens
 from repmatch.curator.stack import AdapterStack
-from repmatch.curator.training import batches
+from repmatch.curator.training import batches, train_step
 from repmatch.curator.warm import shared_copy
 from repmatch.errors import ModelError, SelectionError, UsageError
 
@@ -222,17 +223,12 @@ class _Run:
         recipe, tick = self.trainer.recipe, self.trainer.progress
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay)
         total = recipe.steps(len(self.rows))
-        with torch.enable_grad():
-            for step, at in enumerate(batches(self.rows, recipe)):
-                inputs = {k: v.to(self.device) for k, v in self.task.collate([self.rows[i] for i in at]).items()}
-                loss = self.task.losses(module, inputs).mean()
-                if not math.isfinite(float(loss.detach())):
-                    raise ModelError(f"{name} diverged at step {step + 1}; try a smaller learning rate than {rate:g}.")
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
-                optimizer.step()
-                if tick is not None:
-                    tick(f"training by {name}", step + 1, total)
+        for step, at in enumerate(batches(self.rows, recipe)):
+            loss, _ = train_step(module, optimizer, self.task.collate([self.rows[i] for i in at]), self.task)
+            if not math.isfinite(loss):
+                raise ModelError(f"{name} diverged at step {step + 1}; try a smaller learning rate than {rate:g}.")
+            if tick is not None:
+                tick(f"training by {name}", step + 1, total)
 
 
 def _test(module: nn.Module, task: Any, held: Sequence[Example], tokens: int) -> tuple[float, float]:
@@ -242,7 +238,8 @@ def _test(module: nn.Module, task: Any, held: Sequence[Example], tokens: int) ->
     with torch.inference_mode():
         for at in batches_by_tokens([e.tokens for e in held], tokens):
             inputs = {k: v.to(device) for k, v in task.collate([held[i] for i in at]).items()}
-            total += float(task.losses(module, inputs).sum())
-            logits = module(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            right += int((logits.argmax(dim=1) == inputs["labels"]).sum())
+            wanted = inputs.pop("labels")
+            logits = module(**inputs).logits.float()
+            total += float(functional.cross_entropy(logits, wanted, reduction="sum"))
+            right += int((logits.argmax(dim=1) == wanted).sum())
     return right / len(held), total / len(held)
