@@ -14,7 +14,7 @@ from repmatch.curator import start
 from repmatch.curator.evaluate.candidates import imbalance, nearest_to_centres, parse
 from repmatch.curator.evaluate.evaluation import EvaluateOptions, evaluate, read_test
 from repmatch.curator.evaluate.results import Trial, summarise
-from repmatch.curator.evaluate.retraining import Job, RetrainRecipe, Trainer, order
+from repmatch.curator.evaluate.retraining import Job, Retrainer, RetrainRecipe, order
 from repmatch.curator.settings import Settings
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row
@@ -103,9 +103,9 @@ def test_side_by_side_equals_one_by_one_and_the_literal_training(bench: Workbenc
     test = task.encode(rows_of(toy_rows(24)[10:]))
     recipe = RetrainRecipe(steps=6, batch_size=4, rank=2, learning_rate=1e-2)
     jobs = [Job(examples[:10], 0), Job(examples[10:13], 0), Job(examples[20:45], 1)]
-    together = Trainer(bench, LABELS, recipe).retrain(jobs, test)
+    together = Retrainer(bench, LABELS, recipe).retrain(jobs, test)
     for job, found in zip(jobs, together, strict=True):
-        (alone,) = Trainer(bench, LABELS, recipe).retrain([job], test)
+        (alone,) = Retrainer(bench, LABELS, recipe).retrain([job], test)
         losses, _ = literal_losses(bench, job, recipe)
         assert alone.last_loss == pytest.approx(losses[-1], rel=1e-4)
         assert found.last_loss == pytest.approx(losses[-1], rel=1e-4)
@@ -204,6 +204,8 @@ def test_candidates_by_name() -> None:
         parse("random+label")
     with pytest.raises(UsageError, match="takes no rule"):
         parse("full+balance=label")
+    with pytest.raises(UsageError, match="picks of clusters take no rule"):
+        parse("embeddings-k-means+balance=label")
     with pytest.raises(UsageError, match="random is a baseline"):
         parse("random+signed")
     several = parse("facility-location+balance=label+signed+matrices=*.value")
@@ -227,9 +229,9 @@ def test_lower_layers_run_once_change_nothing(bench: Workbench, upper: int) -> N
     examples, test = task.encode(rows_of(toy_rows())), task.encode(rows_of(toy_rows(24)[10:]))
     recipe = RetrainRecipe(steps=4, batch_size=4, rank=2, layers=upper)
     jobs = [Job(examples[:10], 0), Job(examples[10:30], 1)]
-    short = Trainer(bench, LABELS, recipe)
+    short = Retrainer(bench, LABELS, recipe)
     found = short.retrain(jobs, test)
-    whole = Trainer(bench, LABELS, recipe)
+    whole = Retrainer(bench, LABELS, recipe)
     whole.lower = None  # the same upper matrices, every layer run
     kept = list(short.space.matrices)
     assert all(

@@ -33,6 +33,7 @@ BASELINES = {
 ALWAYS = ("random", "full", "longest", "embeddings")
 MOST_EMBEDDED = 30_000  # rows whose n × n similarities are held, 3.6 GB
 _RULE = re.compile(r"(balance|stratify|matrices|represent)=(.+)")
+_NO_RULES = {"full": "the full dataset takes", "embeddings-k-means": "picks of clusters take"}
 _ONLY_STRATEGIES = "signed, matrices=PATTERN and represent=NAME"
 GRAMMAR = "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, matrices=PATTERN, represent=NAME"
 
@@ -90,8 +91,8 @@ def parse(text: str) -> Candidate:
     known = {*strategies(), *BASELINES}
     if name not in known:
         raise UnknownNameError.of("strategy or baseline", name, known, "stored coresets are named with --coreset")
-    if name == "full" and rules:
-        raise UsageError(f"{text!r}: the full dataset takes no rule; leave +{rules[0]} out.")
+    if name in _NO_RULES and rules:
+        raise UsageError(f"{text!r}: {_NO_RULES[name]} no rule; leave +{rules[0]} out.")
     given: dict[str, Any] = {}
     for rule in rules:
         match = _RULE.fullmatch(rule)

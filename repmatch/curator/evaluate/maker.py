@@ -105,10 +105,10 @@ class Maker:
         return out
 
     def _train(self, todo: list[Trial], found: dict[str, dict[str, Any]]) -> None:
-        from repmatch.curator.evaluate.retraining import Job, Trainer
+        from repmatch.curator.evaluate.retraining import Job, Retrainer
 
         store, tell = self.curator.store, self.curator.progress
-        trainer = Trainer(self.bench, self.labels, self.recipe)
+        trainer = Retrainer(self.bench, self.labels, self.recipe)
         task = trainer.task
         wanted = sorted({i for trial in todo for i in trial.ids})
         rows = {row.id: row for row in store.tasks(self.pool.dataset, ids=wanted)}

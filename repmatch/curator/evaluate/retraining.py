@@ -107,7 +107,7 @@ class Outcome:
 
 
 @dataclass
-class Trainer:
+class Retrainer:
     """Trains selections of one dataset, several at once; what they share is computed once.
 
     Attributes:
