@@ -301,11 +301,13 @@ def test_a_whole_kernel_read_once_gives_the_picks_of_columns_computed_one_by_one
     np.testing.assert_allclose(DenseKernel(kernel).means(), kernel.mean(axis=0, dtype=np.float64), rtol=1e-9)
 
 
-def test_one_entry_decides_whether_a_large_kernel_is_symmetric_and_finite() -> None:
+@pytest.mark.parametrize("survey", [False, True])
+def test_one_entry_decides_whether_a_large_kernel_is_symmetric_and_finite(survey: bool) -> None:
     kernel = _wide(600, 1.0)
-    assert DenseKernel(kernel).symmetric
+    assert DenseKernel(kernel, survey=survey).symmetric
+    assert (DenseKernel(kernel, survey=survey).positive_sums is not None) == survey
     kernel[17, 503] = np.nextafter(kernel[17, 503], np.float32(2.0))
-    assert not DenseKernel(kernel).symmetric
+    assert not DenseKernel(kernel, survey=survey).symmetric
     kernel[17, 503] = kernel[503, 17] = -np.inf
     with pytest.raises(SelectionError, match="17, 503"):
-        DenseKernel(kernel)
+        DenseKernel(kernel, survey=survey)

@@ -243,6 +243,7 @@ class BaseGraphSelection(BaseSelection):
     """Select rows by an objective on their similarities."""
 
     parameters: tuple[str, ...] = ("n_samples", "metric", "n_neighbors", "initial_subset", "optimizer", "random_state")
+    surveyed = False  # see `DenseKernel`
 
     def __init__(
         self, n_samples: int = 10, metric: Metric = "euclidean", *, n_neighbors: int | None = None, **more: Any
@@ -261,12 +262,17 @@ class BaseGraphSelection(BaseSelection):
 
     def kernel(self, x: Any) -> Kernel:
         """Return the similarities of rows."""
-        out = as_kernel(x) if self.metric == "precomputed" else DenseKernel(similarities(x, self.metric))
+        if self.metric == "precomputed":
+            out = as_kernel(x, survey=self.surveyed)
+        else:
+            out = DenseKernel(similarities(x, self.metric), survey=self.surveyed)
         return out if self.n_neighbors is None else SparseKernel.nearest(out, self.n_neighbors)
 
 
 class FacilityLocationSelection(BaseGraphSelection):
     """Rows that together resemble every row."""
+
+    surveyed = True
 
     def objective(self, x: Any) -> Callable[[], Objective]:
         """Return what makes the objective on some rows."""

@@ -67,7 +67,7 @@ def facility_location(
     Raises:
         SelectionError: a kernel, size or quota that can't be used.
     """
-    given = as_kernel(kernel, represented)
+    given = as_kernel(kernel, represented, survey=True)
     if constraints is not None and constraints.apart is not None and constraints.apart_by is None:
         constraints = replace(constraints, apart_by=given)  # whatever an algorithm keeps of it
     (constraints or Constraints()).tracker(given.shape[1], k)  # refuse what can't be met before anything is computed

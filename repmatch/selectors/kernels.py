@@ -74,12 +74,14 @@ class DenseKernel:
         positive_sums: (n,) float64 sums of the columns' positive entries, where they are known already.
     """
 
-    def __init__(self, array: ArrayLike, *, rectangular: bool = False) -> None:
+    def __init__(self, array: ArrayLike, *, rectangular: bool = False, survey: bool = False) -> None:
         """Check and take over an array, without a copy where possible.
 
         Args:
             array: (n, n) float32 or float64; with rectangular=True (represented, n).
             rectangular: rows are other instances than columns.
+            survey: check by compiled code that finds the sums of positive entries in the same reading: for those who
+                need them and load the compiler anyway, which takes half a second and 100 MB.
 
         Raises:
             SelectionError: not square, not floats, or an entry that is not finite.
@@ -96,8 +98,7 @@ class DenseKernel:
             given = given.astype(np.float64 if given.dtype.kind in "iu" else np.float32)
         self._square = not rectangular
         self.positive_sums: NDArray[np.float64] | None = None
-        self._sums: NDArray[np.float64] | None = None
-        if not (self._square and len(given) >= _SURVEYED and self._survey(given)):
+        if not (survey and self._square and len(given) >= _SURVEYED and self._survey(given)):
             _refuse_not_finite(given)
         if not given.flags.c_contiguous:
             # A symmetric array in Fortran order is its own transpose, so nothing needs to be copied.
@@ -108,10 +109,10 @@ class DenseKernel:
 
     def _survey(self, given: Floats) -> bool:
         """Read a large float32 array once for its sums and symmetry; False where a closer look is needed."""
-        found = _surveyed(given) if given.dtype == np.float32 and given.flags.c_contiguous else None
-        if found is None:
+        if given.dtype == np.float32 and given.flags.c_contiguous:
+            self.positive_sums = _surveyed(given)
+        if self.positive_sums is None:
             return False
-        self._sums, self.positive_sums = found
         self.symmetric = True
         return True
 
@@ -148,8 +149,7 @@ class DenseKernel:
 
     def means(self) -> NDArray[np.float64]:
         """Return (n,): each candidate's mean similarity with the represented instances."""
-        sums = self.array.sum(axis=0, dtype=np.float64) if self._sums is None else self._sums
-        return np.asarray(sums / max(1, self.shape[0]))
+        return np.asarray(self.array.sum(axis=0, dtype=np.float64) / max(1, self.shape[0]))
 
 
 class FactorKernel:
@@ -249,13 +249,16 @@ class FactorKernel:
         return mean_similarity(self.factors, self.represented).astype(np.float64)
 
 
-def as_kernel(kernel: Kernel | Factors | ArrayLike, represented: Factors | ArrayLike | None = None) -> Kernel:
+def as_kernel(
+    kernel: Kernel | Factors | ArrayLike, represented: Factors | ArrayLike | None = None, *, survey: bool = False
+) -> Kernel:
     """Return a kernel of whatever a strategy was given.
 
     Args:
         kernel: a kernel, factors, an (n, n) array, or a sparse matrix of scipy's kind.
         represented: what the selection should stand for: factors (where `kernel` is factors), (r,) positions of
             instances, or an (r, n) array of their similarities with the candidates; every instance by default.
+        survey: see `DenseKernel`.
 
     Returns:
         The kernel.
@@ -269,7 +272,7 @@ def as_kernel(kernel: Kernel | Factors | ArrayLike, represented: Factors | Array
         from repmatch.selectors.sparse import SparseKernel
 
         kernel = SparseKernel.of_matrix(kernel)
-    whole = kernel if isinstance(kernel, Kernel) else DenseKernel(kernel)
+    whole = kernel if isinstance(kernel, Kernel) else DenseKernel(kernel, survey=survey)
     if represented is None:
         return whole
     if isinstance(represented, Factors):
@@ -326,15 +329,15 @@ def _refuse_not_finite(array: Floats) -> None:
             raise SelectionError(f"the kernel is {array[place]} at {place}: every entry must be finite")
 
 
-def _surveyed(array: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def _surveyed(array: NDArray[np.floating[Any]]) -> NDArray[np.float64] | None:
     """Read a square float32 array once.
 
     An array that is not symmetric passes for one with a probability below 10⁻⁸: its bits are compared with its
     transpose's through one product with random numbers on both sides.
 
     Returns:
-        (n,) float64 sums of each row, and of its positive entries; None where the array is not symmetric to the bit, or
-        not finite.
+        (n,) float64 sums of each row's positive entries; None where the array is not symmetric to the bit, or not
+        finite.
     """
     from repmatch.selectors import _whole
 
@@ -346,7 +349,7 @@ def _surveyed(array: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], ND
         difference[lo] = _whole.survey(array, words, left, right, lo, hi, sums, positive)
 
     in_chunks(part, n, least=256)
-    return None if difference.sum() or not np.isfinite(sums).all() else (sums, positive)
+    return None if difference.sum() or not np.isfinite(sums).all() else positive
 
 
 def _is_symmetric(array: Floats, step: int = 256) -> bool:
