@@ -85,7 +85,9 @@ datasets library, for example:
       d.select_columns(['id', 'text', 'label']).to_json(f'trec.{split}.jsonl')
   "
 
-stanfordnlp/sst2, SetFit/sst5, stanfordnlp/snli and nyu-mll/glue (cola) the same way."""
+stanfordnlp/sst2, SetFit/sst5, stanfordnlp/snli, nyu-mll/glue (cola) and cornell-movie-review-data/rotten_tomatoes
+(mr.all) the same way. hans_regen.train holds pairs of the templates of github.com/tommccoy1/hans, made with another
+seed, with the columns heuristic and subcase; jhu-cogsci/hans has the published ones."""
 
 
 def rows_of(path: Path, count: int, seed: int) -> list[str]:

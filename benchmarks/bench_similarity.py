@@ -33,9 +33,6 @@ SETS = {
     "cola": "cola.train",
     "hans-like": "hans_regen.train",
 }
-MORE_HELP = (
-    "\n\ncornell-movie-review-data/rotten_tomatoes (mr) and jhu-cogsci/hans (hans_regen, with its columns) likewise."
-)
 
 
 def matrix(found: SeedStudy) -> list[str]:
@@ -74,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     data = os.environ.get("REPMATCH_DATA")
     if not data:
-        sys.exit(DATA_HELP + MORE_HELP)
+        sys.exit(DATA_HELP)
     path = Path(options.store)
     path.parent.mkdir(parents=True, exist_ok=True)
     told: dict[str, object] = {}
