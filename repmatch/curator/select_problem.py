@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
+from repmatch.curator.id_order import in_id_order
 from repmatch.curator.select_options import Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
 from repmatch.errors import InputError, SelectionError, UsageError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 NEEDS_NO_SIZE = ("budget", "min_gain", "coverage", "apart")
 RECTANGULAR = ("facility-location", "saturated-coverage", "k-medoids")  # work on what others represent
+IN_ROW_ORDER = ("thin",)  # what comes first as ingested is looked at first; elsewhere the lowest id
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,21 @@ class Posed:
     Attributes:
         dataset: the dataset that is selected from.
         problem: for the strategy.
-        ids: the ids selected from, the first candidates; instances of other datasets follow them.
+        ids: the ids selected from, the first candidates, in their natural order; instances of other datasets follow
+            them.
+        places: (n,) int64, where each of them lies in the dataset's order.
         own: the similarities of the dataset with itself, for the picks' representatives.
         elsewhere: whether the picks stand for something other than the dataset itself.
+        notes: what the user should know.
     """
 
     dataset: str
     problem: Problem
     ids: tuple[str, ...]
+    places: NDArray[np.int64]
     own: FactorKernel
     elsewhere: bool
+    notes: tuple[str, ...] = ()
 
 
 def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[[str], dict[str, float]]) -> Posed:
@@ -63,19 +70,19 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
     entry = strategy(options.strategy)
     subset = store.resolve(source)
     dataset, part = subset.dataset, subset.ids is not None or subset.where is not None
-    factors = store.factors(dataset, ids=store.members(subset).ids if part else None)
-    n = len(factors)
+    stored = store.factors(dataset, ids=store.members(subset).ids if part else None)
+    n = len(stored)
     if not n:
         raise UsageError(f"{source} has no instances to select from.")
     if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
         raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
     kernel = SignedKernel if options.signed else FactorKernel
-    chosen = _matrices(factors, options.matrices)
-    rules = _constraints(store, dataset, options, factors.ids)
+    chosen, places, notes = _sorted(_matrices(stored, options.matrices), options)
+    rules = _constraints(store, dataset, options, chosen.ids)
     scores = None
     if "scores" in entry.needs or "top" in options.mix:
         by_id = scores_of(dataset)
-        scores = np.array([by_id[i] for i in factors.ids])
+        scores = np.array([by_id[i] for i in chosen.ids])
     target = None if options.represent is None else _named(store, options.represent, options, "represent")
     candidates, rules = _with_given(store, dataset, options, chosen, rules)
     foreign = len(candidates) - n
@@ -99,7 +106,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         mix=options.mix,
     )
     entry.check(problem)
-    return Posed(dataset, problem, factors.ids, kernel(chosen), target is not None)
+    return Posed(dataset, problem, chosen.ids, places, kernel(chosen), target is not None, notes)
 
 
 def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
@@ -107,6 +114,15 @@ def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
         return picks_of(options.k, n)
     closed = {*np.asarray(rules.exclude, np.int64).tolist(), *np.asarray(rules.given, np.int64).tolist()}
     return n - len([position for position in closed if position < n])
+
+
+def _sorted(factors: Factors, options: SelectOptions) -> tuple[Factors, NDArray[np.int64], tuple[str, ...]]:
+    """Return factors in order of ids, where each lay before, and a note where they are too many to be sorted."""
+    if options.strategy in IN_ROW_ORDER:
+        return factors, np.arange(len(factors)), ()
+    found, places, done = in_id_order(factors)
+    note = "ties go to the row that was ingested first: the factors are too many to be sorted by id in memory"
+    return found, places, () if done else (note,)
 
 
 def _matrices(factors: Factors, patterns: Sequence[str]) -> Factors:
@@ -143,7 +159,7 @@ def _named(store: Store, name: str, options: SelectOptions, option: str) -> Fact
     ids = store.members(subset).ids
     if not ids:
         raise UsageError(f"--{option} {name} has no instances.")
-    return _matrices(store.factors(subset.dataset, ids=ids), options.matrices)
+    return _sorted(_matrices(store.factors(subset.dataset, ids=ids), options.matrices), options)[0]
 
 
 def _with_given(

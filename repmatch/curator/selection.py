@@ -150,6 +150,7 @@ def select(
             selection = select_on_cluster(options.strategy, problem, cluster)
         if not selection.complete and not len(selection):
             raise KeyboardInterrupt
+        selection = replace(selection, notes=(*posed.notes, *selection.notes))
         coreset = _coreset(name, dataset, options, posed, selection)
         store.save_coreset(coreset, replace=may_replace)
         run.detail.update(picks=len(selection), algorithm=selection.algorithm, complete=selection.complete)
@@ -160,6 +161,7 @@ def _coreset(name: str, dataset: str, options: SelectOptions, posed: Posed, sele
     representative, similarity = selection.representative, selection.similarity
     if posed.elsewhere:  # the store keeps who represents the dataset's own instances
         representative, similarity = represent(posed.own, selection.indices, len(posed.ids))
+    rows = np.argsort(posed.places)  # kept in the dataset's order
     return Coreset(
         name=name,
         dataset=posed.dataset,
@@ -182,9 +184,9 @@ def _coreset(name: str, dataset: str, options: SelectOptions, posed: Posed, sele
         },
         ids=tuple(posed.ids[i] for i in selection.indices),
         gains=selection.gains,
-        all_ids=posed.ids,
-        representative=representative[: len(posed.ids)],
-        similarity=similarity[: len(posed.ids)],
+        all_ids=tuple(posed.ids[i] for i in rows),
+        representative=representative[rows],
+        similarity=similarity[rows],
     )
 
 
