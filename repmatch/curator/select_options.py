@@ -40,6 +40,7 @@ class SelectOptions:
         coverage: stop once this share (0 to 1) of what all instances together reach is reached.
         apart: no two picks are more similar than this.
         matrices: patterns such as "*.value" of the adapted matrices that count; empty: all.
+        features: columns that "feature-coverage" reads; empty: the words of the fields that the task reads.
         signed: by the cosine of ΔW, which tells opposite instances apart.
         mix: strategy -> weight, for the strategy "mixture".
         parameters: numbers of the strategy's own, such as graph cut's "trade".
@@ -66,6 +67,7 @@ class SelectOptions:
     coverage: float | None = None
     apart: float | None = None
     matrices: Sequence[str] = ()
+    features: Sequence[str] = ()
     signed: bool = False
     mix: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class SelectOptions:
                 values = [f"{self.quota_field}={key}:{number}" for key, number in value.items()]
             elif isinstance(value, dict):
                 values = [f"{key}={number:g}" for key, number in value.items()]
-            elif name == "matrices":
+            elif name in ("matrices", "features"):
                 values = value
             else:
                 values = [f"<{len(value)} ids>" if isinstance(value, list) else str(value)]
@@ -157,6 +159,7 @@ class SelectArguments(TypedDict, total=False):
     coverage: float | None
     apart: float | None
     matrices: Sequence[str]
+    features: Sequence[str]
     signed: bool
     mix: Mapping[str, float]
     parameters: Mapping[str, float]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
 from repmatch.curator.id_order import in_id_order
+from repmatch.curator.select_features import features_of
 from repmatch.curator.select_options import Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
 from repmatch.errors import InputError, SelectionError, UsageError
@@ -88,6 +89,16 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
     foreign = len(candidates) - n
     if foreign and target is None:
         target = chosen
+    features = None
+    if "features" in entry.needs or "feature-coverage" in options.mix:
+        if options.represent is not None and "features" in entry.needs:
+            raise SelectionError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
+        sets = [(dataset, candidates.ids[:n])]
+        if foreign:
+            sets.append((store.resolve(str(options.given)).dataset, candidates.ids[n:]))
+        features = features_of(store, sets, options.features)
+    elif options.features:
+        raise UsageError("--features goes with the strategy feature-coverage, alone or in a mixture.")
     if target is not None and options.strategy == "herding":
         raise SelectionError("herding represents the whole dataset: use facility-location with --represent or --given")
     if target is not None and "kernel" in entry.needs and options.strategy not in RECTANGULAR:
@@ -104,6 +115,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         algorithm=options.algorithm,
         parameters=options.parameters,
         mix=options.mix,
+        features=features,
     )
     entry.check(problem)
     return Posed(dataset, problem, chosen.ids, places, kernel(chosen), target is not None, notes)

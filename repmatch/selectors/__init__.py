@@ -5,6 +5,7 @@ from repmatch.selectors.baselines import random, represent, top
 from repmatch.selectors.constraints import Constraints, share
 from repmatch.selectors.estimators import Selector
 from repmatch.selectors.facility import facility_location
+from repmatch.selectors.features import Features
 from repmatch.selectors.greedy import Objective
 from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
 from repmatch.selectors.large import partitioned
@@ -43,6 +44,7 @@ __all__ = [
     "Entry",
     "FactorKernel",
     "FeatureCoverage",
+    "Features",
     "GraphCut",
     "Kernel",
     "LogDeterminant",
