@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,21 @@ STAGES = {
         Part("warm", (FL, f"{FL}+balance=label", f"{FL}+stratify=label"), ALL_SIZES),
         Part("warm", ("joined", "joined+stratify=label"), ALL_SIZES),
     ),
+    "contenders": (
+        Part("", ("random", "embeddings"), ALL_SIZES),
+        Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
+        Part("warm", (f"{FL}+stratify=label", "joined", "joined+stratify=label"), ALL_SIZES),
+    ),
     "wide": (
         Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
         Part("", ("loss-high", "loss-middle", "loss-low"), TWO_SIZES),
         Part("warm", ("top", "top+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
-        Part("warm", (f"{FL}+matrices=*.value",), TWO_SIZES),
+        Part("warm", ("herding+signed", "k-center+signed"), TWO_SIZES),
+        Part("warm", (f"{FL}+matrices=*.value", f"{FL}+represent=dev-warm"), TWO_SIZES),
         Part("warm 160", (FL, f"{FL}+stratify=label"), TWO_SIZES),
         Part("warm gradients", (FL,), TWO_SIZES),
         Part("cold", (f"{FL}+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
+        Part("cold", ("herding+signed", "k-center+signed", f"{FL}+represent=dev-cold"), TWO_SIZES),
     ),
 }
 DATA_HELP = """\
@@ -126,6 +133,16 @@ def files_of(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path
     return write(folder / "rows.jsonl", chosen), write(folder / "held-out.jsonl", held)
 
 
+def write_dev(folder: Path, held: Sequence[str], chosen: Sequence[str], name: str) -> Path:
+    """Write 100 rows that are neither chosen from nor tested on, of every label at least one, for a small target."""
+    train, taken = Path(os.environ["REPMATCH_DATA"]) / f"{SETS[name][0]}.jsonl", {*held, *chosen}
+    free = [line for line in rows_of(train, 10**9, 2) if line not in taken]
+    random.Random(3).shuffle(free)
+    first = {json.loads(line)["label"]: line for line in reversed(free)}
+    rest = [line for line in free if line not in set(first.values())]
+    return write(folder / "dev.jsonl", [*first.values(), *rest[: 100 - len(first)]])
+
+
 def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]:
     """Yield (start, line) of one dataset."""
     folder = Path(options.stores) / name
@@ -138,6 +155,10 @@ def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]
         dataset = f"{name}-{start.replace(' ', '-')}"
         with repmatch.open(folder / "store") as store:
             repmatch.Curator(store, settings=settings, progress=progress).ingest(chosen, dataset)
+            if any("represent=" in candidate for candidate in part.candidates):
+                small = replace(settings, warm_start=dataset if settings.warm_start else None)
+                dev = write_dev(folder, held.read_text().splitlines(), chosen.read_text().splitlines(), name)
+                repmatch.Curator(store, settings=small).ingest(dev, f"dev-{start}")
             asked = EvaluateOptions(
                 candidates=part.candidates, sizes=part.sizes, seeds=options.seeds, recipe=recipe, baselines=("random",)
             )
