@@ -159,7 +159,7 @@ def test_changed_rows_are_embedded_anew_and_deleted_ones_leave_the_cache(
     picks(run, toy_store, "-k", 2, "--kernel", "joined")
     (after,) = cache.iterdir()
     assert after.name != before.name
-    assert run("--store", toy_store, "delete", "toy", "--coresets").code == 0
+    assert run("--store", toy_store, "delete", "toy", "--all", "--coresets").code == 0
     assert not list(cache.iterdir())
 
 
