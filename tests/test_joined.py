@@ -78,11 +78,11 @@ def test_embeddings_alone_and_those_that_say_nothing() -> None:
 
 
 def test_cached_rows_survive_an_interruption_and_no_damage(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float16)
+    rows = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     cached = CachedRows(tmp_path, "toy", "a")
 
     def until(stop: int) -> Any:
-        def make(done: int) -> Iterator[NDArray[np.float16]]:
+        def make(done: int) -> Iterator[NDArray[np.float32]]:
             for lo in range(done, 10, 2):
                 if lo >= stop:
                     raise KeyboardInterrupt
@@ -97,7 +97,7 @@ def test_cached_rows_survive_an_interruption_and_no_damage(tmp_path: Path) -> No
     assert cached.read(10) is None
     (part,) = (tmp_path / "cache").iterdir()
     with part.open("ab") as file:
-        file.write(b"\0" * 11)  # a torn row and one that never reached the disk
+        file.write(b"\0" * 21)  # a torn row and one that never reached the disk
     assert cached.fill(10, 4, until(10)).tolist() == rows.tolist()
     assert seen == [0, 2, 4, 6, 8]
     kept = cached.read(10)
@@ -110,7 +110,7 @@ def test_cached_rows_survive_an_interruption_and_no_damage(tmp_path: Path) -> No
     CachedRows(tmp_path, "toy", "b").fill(10, 4, lambda _: iter([rows]))
     assert cached.read(10) is None  # what was kept for the dataset before is gone, and nothing else
     assert other.read(2) is not None
-    for file in (tmp_path / "cache").glob("*.f16"):
+    for file in (tmp_path / "cache").glob("*.f32"):
         data = bytearray(file.read_bytes())
         data[3] ^= 1
         file.write_bytes(data)

@@ -246,7 +246,7 @@ class Curator:
         scores = self.score(dataset)
         return dict(zip(scores.ids, scores.scores.tolist(), strict=True))
 
-    def _embed(self, dataset: str, ids: Sequence[str]) -> NDArray[np.float16]:
+    def _embed(self, dataset: str, ids: Sequence[str]) -> NDArray[np.float32]:
         from repmatch.curator.embeddings import embeddings
 
         return embeddings(self, dataset, ids)

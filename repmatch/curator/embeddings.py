@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,14 +31,10 @@ def embedder(curator: Curator, dataset: str) -> Callable[[tuple[str, ...]], NDAr
     Returns:
         Maps n ids to (n, d) float32 unit rows.
     """
-
-    def make(ids: tuple[str, ...]) -> NDArray[np.float32]:
-        return embeddings(curator, dataset, ids).astype(np.float32)
-
-    return make
+    return partial(embeddings, curator, dataset)
 
 
-def embeddings(curator: Curator, dataset: str, ids: Sequence[str]) -> NDArray[np.float16]:
+def embeddings(curator: Curator, dataset: str, ids: Sequence[str]) -> NDArray[np.float32]:
     """Return the embeddings of instances, from the store where they were asked for before.
 
     The first call embeds the whole dataset and keeps the rows in the store's `cache` folder; a call that was
@@ -49,7 +46,7 @@ def embeddings(curator: Curator, dataset: str, ids: Sequence[str]) -> NDArray[np
         ids: n ids of it.
 
     Returns:
-        (n, d) float16 rows of unit length; the whole dataset in its order is a map of the file, not a copy.
+        (n, d) float32 rows of unit length; the whole dataset in its order is a map of the file, not a copy.
 
     Raises:
         UnknownNameError: no such dataset.
@@ -64,13 +61,13 @@ def embeddings(curator: Curator, dataset: str, ids: Sequence[str]) -> NDArray[np
     if list(ids) == everything:
         return rows
     place = {name: at for at, name in enumerate(everything)}
-    picked: NDArray[np.float16] = rows[[place[name] for name in ids]]
+    picked: NDArray[np.float32] = rows[[place[name] for name in ids]]
     return picked
 
 
 def _computed(
     curator: Curator, dataset: str, space: Space, ids: Sequence[str], cached: CachedRows
-) -> NDArray[np.float16]:
+) -> NDArray[np.float32]:
     from repmatch.curator.workbench import Workbench
 
     store, known = curator.store, curator.store.dataset(dataset)

@@ -1,6 +1,6 @@
 """Rows of numbers that can be computed again, kept beside the facts: losing them costs time and nothing else.
 
-`cache/OWNER-KEY-WIDTH-CRC.f16` holds float16 rows, whole; `cache/OWNER-KEY-WIDTH.part` those of a computation that was
+`cache/OWNER-KEY-WIDTH-CRC.f32` holds float32 rows, whole; `cache/OWNER-KEY-WIDTH.part` those of a computation that was
 interrupted. The owner is a dataset, the key says of what the rows were made, the CRC-32 is of the file's bytes.
 """
 
@@ -19,14 +19,14 @@ from repmatch.datamodels import digest
 from repmatch.store.files import sync_folder, write_at, writing_to
 
 FOLDER = "cache"
-_NAME = re.compile(r"(?P<owner>[0-9a-f]{16})-(?P<key>[0-9a-f]{32})-(?P<width>\d{1,6})-(?P<crc>[0-9a-f]{8})\.f16")
+_NAME = re.compile(r"(?P<owner>[0-9a-f]{16})-(?P<key>[0-9a-f]{32})-(?P<width>\d{1,6})-(?P<crc>[0-9a-f]{8})\.f32")
 _READ = 16 << 20  # bytes that are checked at a time
 
 Made = Callable[[int], Iterable[NDArray[np.floating]]]
 
 
 class CachedRows:
-    """Rows of one dataset, (n, width) float16.
+    """Rows of one dataset, (n, width) float32.
 
     Args:
         store: the store's folder.
@@ -38,22 +38,22 @@ class CachedRows:
         self._folder = store / FOLDER
         self._owner, self._key = _owner(dataset), digest(made_of, size=16)
 
-    def read(self, n: int) -> NDArray[np.float16] | None:
+    def read(self, n: int) -> NDArray[np.float32] | None:
         """Return the rows as a read-only map of the file; None where they are not there or damaged.
 
         Args:
             n: how many there must be.
         """
-        for path in sorted(self._folder.glob(f"{self._owner}-{self._key}-*.f16")):
+        for path in sorted(self._folder.glob(f"{self._owner}-{self._key}-*.f32")):
             match = _NAME.fullmatch(path.name)
             if match is None or path.is_symlink():
                 continue
             width = int(match["width"])
-            if path.stat().st_size == 2 * n * width and _crc(path) == int(match["crc"], 16):
-                return np.memmap(path, np.float16, "r", shape=(n, width)) if n else np.zeros((0, width), np.float16)
+            if path.stat().st_size == 4 * n * width and _crc(path) == int(match["crc"], 16):
+                return np.memmap(path, np.float32, "r", shape=(n, width)) if n else np.zeros((0, width), np.float32)
         return None
 
-    def fill(self, n: int, width: int, make: Made) -> NDArray[np.float16]:
+    def fill(self, n: int, width: int, make: Made) -> NDArray[np.float32]:
         """Make the rows, keep them, and let go of what was kept for the dataset before.
 
         Args:
@@ -74,17 +74,17 @@ class CachedRows:
             try:
                 done = self._whole_rows(descriptor, n, width)
                 for rows in make(done):
-                    data = np.ascontiguousarray(rows, np.float16)
-                    write_at(descriptor, memoryview(data.tobytes()), 2 * done * width)
+                    data = np.ascontiguousarray(rows, np.float32)
+                    write_at(descriptor, memoryview(data.tobytes()), 4 * done * width)
                     os.fdatasync(descriptor)
                     done += len(data)
-                os.ftruncate(descriptor, 2 * done * width)
+                os.ftruncate(descriptor, 4 * done * width)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if done != n:
                 raise ValueError(f"{done} rows were made where {n} were announced")
-            whole = part.with_name(f"{part.stem}-{_crc(part):08x}.f16")
+            whole = part.with_name(f"{part.stem}-{_crc(part):08x}.f32")
             part.replace(whole)
             sync_folder(self._folder)
         forget(self._folder.parent, lambda owner, name: owner == self._owner and name != whole.name)
@@ -94,8 +94,8 @@ class CachedRows:
 
     def _whole_rows(self, descriptor: int, n: int, width: int) -> int:
         """Return how many rows an interrupted computation left; a row of zeros never reached the disk."""
-        count = min(n, os.fstat(descriptor).st_size // (2 * width))
-        there = np.frombuffer(os.pread(descriptor, 2 * count * width, 0), np.float16).reshape(-1, width)
+        count = min(n, os.fstat(descriptor).st_size // (4 * width))
+        there = np.frombuffer(os.pread(descriptor, 4 * count * width, 0), np.float32).reshape(-1, width)
         empty = np.flatnonzero(~there.any(axis=1))
         return int(empty[0]) if len(empty) else len(there)
 
@@ -112,7 +112,7 @@ def forget(store: Path, which: Callable[[str, str], bool]) -> int:
     """
     freed = 0
     for path in (store / FOLDER).glob("*"):
-        if path.suffix in (".f16", ".part") and which(path.name.partition("-")[0], path.name):
+        if path.suffix in (".f32", ".part") and which(path.name.partition("-")[0], path.name):
             freed += path.lstat().st_size
             path.unlink(missing_ok=True)
     return freed
