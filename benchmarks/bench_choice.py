@@ -63,9 +63,9 @@ STAGES = {
         Part("warm", ("joined", "joined+stratify=label"), ALL_SIZES),
     ),
     "contenders": (
-        Part("", ("random", "embeddings"), ALL_SIZES),
-        Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
-        Part("warm", (f"{FL}+stratify=label", "joined", "joined+stratify=label"), ALL_SIZES),
+        Part("", ("random", "full", "embeddings"), TWO_SIZES),
+        Part("cold", (FL, "joined", "joined+stratify=label"), TWO_SIZES),
+        Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), TWO_SIZES),
     ),
     "wide": (
         Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
@@ -148,7 +148,7 @@ def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]
     folder = Path(options.stores) / name
     folder.mkdir(parents=True, exist_ok=True)
     chosen, held = files_of(name, options, folder)
-    recipe = RetrainRecipe(layers=options.layers)
+    recipe = RetrainRecipe(layers=options.layers, steps=options.steps)
     for part in (part for stage in options.stage for part in STAGES[stage]):
         start = part.start or "cold"
         settings = repmatch.Settings(max_length=options.max_length, **STARTS[start])
@@ -248,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-rows", type=int, default=500, help="held-out rows (default 500)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2, help="last layers that are adapted in retraining (default 2)")
+    parser.add_argument("--steps", type=int, default=60, help="of every retraining (default 60)")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--stores", default="choice", help="folder, kept between runs (default choice)")
     parser.add_argument("--tables", nargs="+", type=Path, metavar="FILE", help="of lines that --json wrote")
