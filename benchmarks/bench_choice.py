@@ -42,7 +42,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "warm gradients": {"warm_start": "640", "optimizer": "sgd"},
 }
 FL = "facility-location"
-ALL_SIZES, TWO_SIZES = (50, 100, 200, 500), (100, 500)
+ALL_SIZES, TWO_SIZES, ONE_SIZE = (50, 100, 200, 500), (100, 500), (100,)
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,13 @@ STAGES = {
         Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), TWO_SIZES),
     ),
     "wide": (
-        Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
-        Part("", ("loss-high", "loss-middle", "loss-low"), TWO_SIZES),
-        Part("warm", ("top", "top+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
-        Part("warm", ("herding+signed", "k-center+signed"), TWO_SIZES),
-        Part("warm", (f"{FL}+matrices=*.value", f"{FL}+represent=dev-warm"), TWO_SIZES),
-        Part("warm 160", (FL, f"{FL}+stratify=label"), TWO_SIZES),
-        Part("warm gradients", (FL,), TWO_SIZES),
-        Part("cold", (f"{FL}+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
-        Part("cold", ("herding+signed", "k-center+signed", f"{FL}+represent=dev-cold"), TWO_SIZES),
+        Part("", ("random", "embeddings-k-means", "longest", "loss-high", "loss-middle", "loss-low"), ONE_SIZE),
+        Part("cold", ("herding", "herding+signed", "k-center", "k-center+signed", f"{FL}+signed"), ONE_SIZE),
+        Part("cold", (f"{FL}+represent=dev-cold",), ONE_SIZE),
+        Part("warm", ("top", "herding", "herding+signed", "k-center", "k-center+signed", f"{FL}+signed"), ONE_SIZE),
+        Part("warm", (f"{FL}+matrices=*.value", f"{FL}+represent=dev-warm"), ONE_SIZE),
+        Part("warm 160", (FL,), ONE_SIZE),
+        Part("warm gradients", (FL,), ONE_SIZE),
     ),
 }
 DATA_HELP = """\
