@@ -197,11 +197,11 @@ def table(name: str, found: Sequence[tuple[str, Line]]) -> list[str]:
 
 
 def overall(everything: dict[str, list[tuple[str, Line]]]) -> list[str]:
-    """Return the mean difference to random over sets and sizes, and how often it is clear either way."""
+    """Return the mean difference to random over cells, sets and sizes, and how often it is clear either way."""
     out = [
         "### All sets",
         "",
-        "| rows by | start | mean difference | clearly better | clearly worse | of |",
+        "| rows by | start | mean difference (95 % interval over cells) | clearly better | clearly worse | of |",
         "|---" * 6 + "|",
     ]
     groups: dict[tuple[str, str], list[Line]] = {}
@@ -216,7 +216,10 @@ def overall(everything: dict[str, list[tuple[str, Line]]]) -> list[str]:
         differences = [line.against_random for line in groups[key] if line.against_random is not None]
         better = sum(d.excludes_zero and d.mean > 0 for d in differences)
         worse = sum(d.excludes_zero and d.mean < 0 for d in differences)
-        shown = f"{100 * means[key].mean:+.1f}"
+        mean = means[key]
+        shown = f"{100 * mean.mean:+.1f}"
+        if mean.low is not None and mean.high is not None:
+            shown += f" ({100 * mean.low:+.1f} to {100 * mean.high:+.1f})"
         out.append(f"| {key[0]} | {key[1]} | {shown} | {better} | {worse} | {len(differences)} |")
     return out
 
