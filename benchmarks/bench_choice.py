@@ -42,7 +42,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "warm gradients": {"warm_start": "640", "optimizer": "sgd"},
 }
 FL = "facility-location"
-ALL_SIZES, TWO_SIZES, ONE_SIZE = (50, 100, 200, 500), (100, 500), (100,)
+ALL_SIZES, ONE_SIZE = (50, 100, 200, 500), (100,)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ STAGES = {
         Part("warm", ("joined", "joined+stratify=label"), ALL_SIZES),
     ),
     "contenders": (
-        Part("", ("random", "full", "embeddings"), TWO_SIZES),
-        Part("cold", (FL, "joined", "joined+stratify=label"), TWO_SIZES),
-        Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), TWO_SIZES),
+        Part("", ("random", "full", "embeddings"), ALL_SIZES),
+        Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
+        Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), ALL_SIZES),
     ),
     "wide": (
         Part("", ("random", "embeddings-k-means", "longest", "loss-high", "loss-middle", "loss-low"), ONE_SIZE),
@@ -158,7 +158,11 @@ def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]
                 dev = write_dev(folder, held.read_text().splitlines(), chosen.read_text().splitlines(), name)
                 repmatch.Curator(store, settings=small).ingest(dev, f"dev-{start}")
             asked = EvaluateOptions(
-                candidates=part.candidates, sizes=part.sizes, seeds=options.seeds, recipe=recipe, baselines=("random",)
+                candidates=part.candidates,
+                sizes=options.sizes or part.sizes,
+                seeds=options.seeds,
+                recipe=recipe,
+                baselines=("random",),
             )
             found = evaluate(repmatch.Curator(store, progress=progress), dataset, [str(held)], asked)
         for note in found.notes:
@@ -247,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", nargs="+", choices=[*STAGES], default=["core"], help="which candidates")
     parser.add_argument("--rows", type=int, default=2000, help="rows to choose from (default 2000)")
     parser.add_argument("--test-rows", type=int, default=500, help="held-out rows (default 500)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="in place of the stage's own")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2, help="last layers that are adapted in retraining (default 2)")
     parser.add_argument("--steps", type=int, default=60, help="of every retraining (default 60)")
