@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +45,12 @@ def stored(path: Path, order: list[int], encoding: str) -> Store:
     return store
 
 
+def no_embedding(dataset: str, ids: Sequence[str]) -> Any:
+    raise AssertionError(f"nothing asks for the embeddings of {dataset}")
+
+
 def chosen(store: Store, **options: object) -> Selected:
-    return select(store, "d", SelectOptions(**{"k": 12, **options}), lambda _: SCORES)  # type: ignore[arg-type]
+    return select(store, "d", SelectOptions(**{"k": 12, **options}), lambda _: SCORES, no_embedding)  # type: ignore[arg-type]
 
 
 RUNS: dict[str, dict[str, object]] = {
@@ -61,7 +67,7 @@ RUNS: dict[str, dict[str, object]] = {
 
 def solved(store: Store, options: dict[str, object]) -> tuple[tuple[str, ...], list[float], list[int]]:
     """What a selection picks and gains, kept nowhere."""
-    posed = pose(store, "d", SelectOptions(**{"k": 12, **options}), lambda _: SCORES)  # type: ignore[arg-type]
+    posed = pose(store, "d", SelectOptions(**{"k": 12, **options}), lambda _: SCORES, no_embedding)  # type: ignore[arg-type]
     found = solve(str(options.get("strategy", "facility-location")), posed.problem)
     return tuple(posed.ids[i] for i in found.indices), found.gains.tolist(), found.weights.tolist()
 

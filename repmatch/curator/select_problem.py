@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +14,20 @@ from numpy.typing import NDArray
 from repmatch.blocks import choose_matrices, take
 from repmatch.curator.id_order import in_id_order
 from repmatch.curator.select_features import features_of
-from repmatch.curator.select_options import Ids, SelectOptions, picks_of
+from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
-from repmatch.errors import InputError, SelectionError, UsageError
-from repmatch.selectors import Constraints, FactorKernel, Problem, SignedKernel, strategy
+from repmatch.errors import InputError, SelectionError, UnknownNameError, UsageError
+from repmatch.selectors import Constraints, FactorKernel, Features, JoinedKernel, Problem, SignedKernel, strategy
 
 if TYPE_CHECKING:
     from repmatch.store import Store
 
+ScoresOf: TypeAlias = Callable[[str], dict[str, float]]
+Embed: TypeAlias = Callable[[str, Sequence[str]], NDArray[np.floating[Any]]]
 NEEDS_NO_SIZE = ("budget", "min_gain", "coverage", "apart")
 RECTANGULAR = ("facility-location", "saturated-coverage", "k-medoids")  # work on what others represent
 IN_ROW_ORDER = ("thin",)  # what comes first as ingested is looked at first; elsewhere the lowest id
+UNSORTED = "ties go to the row that was ingested first: the factors are too many to be sorted by id in memory"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Posed:
     notes: tuple[str, ...] = ()
 
 
-def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[[str], dict[str, float]]) -> Posed:
+def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf, embed: Embed) -> Posed:
     """Turn what the user asks into a problem.
 
     Args:
@@ -58,6 +62,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         source: the dataset's name, or a part of one: DATASET[SQL], a subset, a coreset.
         options: what is asked.
         scores_of: gives id -> score of a dataset against its own adapter, for strategies that need it.
+        embed: gives (n, d) unit rows for a dataset and n ids of it, for kernels that need them.
 
     Returns:
         The problem.
@@ -77,38 +82,31 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         raise UsageError(f"{source} has no instances to select from.")
     if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
         raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
-    kernel = SignedKernel if options.signed else FactorKernel
-    chosen, places, notes = _sorted(_matrices(stored, options.matrices), options)
+    kernel = _kernel_of(options)
+    sets = _Sets(store, options, embed)
+    chosen, places, notes = sets.ready(dataset, stored)
     rules = _constraints(store, dataset, options, chosen.ids)
     scores = None
     if "scores" in entry.needs or "top" in options.mix:
         by_id = scores_of(dataset)
         scores = np.array([by_id[i] for i in chosen.ids])
-    target = None if options.represent is None else _named(store, options.represent, options, "represent")
-    candidates, rules = _with_given(store, dataset, options, chosen, rules)
+    target = None if options.represent is None else sets.named(options.represent, "represent")
+    candidates, rules = _with_given(sets, dataset, chosen, rules)
     foreign = len(candidates) - n
     if foreign and target is None:
         target = chosen
-    features = None
-    if "features" in entry.needs or "feature-coverage" in options.mix:
-        if options.represent is not None and "features" in entry.needs:
-            raise SelectionError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
-        sets = [(dataset, candidates.ids[:n])]
-        if foreign:
-            sets.append((store.resolve(str(options.given)).dataset, candidates.ids[n:]))
-        features = features_of(store, sets, options.features)
-    elif options.features:
-        raise UsageError("--features goes with the strategy feature-coverage, alone or in a mixture.")
+    features = _features(sets, dataset, candidates.ids, n)
     if target is not None and options.strategy == "herding":
         raise SelectionError("herding represents the whole dataset: use facility-location with --represent or --given")
     if target is not None and "kernel" in entry.needs and options.strategy not in RECTANGULAR:
         raise SelectionError(
             f"{options.strategy} compares the dataset with itself: use {', '.join(RECTANGULAR)} to represent other sets"
         )
+    whole = kernel(candidates, represented=target)
     problem = Problem(
         n=len(candidates),
         k=_size(options, n, rules),
-        kernel=kernel(candidates, represented=target),
+        kernel=whole,
         scores=None if scores is None else np.concatenate((scores, np.zeros(foreign))),
         constraints=rules,
         seed=options.seed,
@@ -118,7 +116,37 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         features=features,
     )
     entry.check(problem)
-    return Posed(dataset, problem, chosen.ids, places, kernel(chosen), target is not None, notes)
+    return Posed(dataset, problem, chosen.ids, places, whole.like(chosen, None), target is not None, notes)
+
+
+def _kernel_of(options: SelectOptions) -> Callable[..., FactorKernel]:
+    if options.kernel not in KERNELS:
+        raise UnknownNameError.of("kernel", options.kernel, KERNELS)
+    if options.kernel == "repmatch":
+        return SignedKernel if options.signed else FactorKernel
+    if options.signed:
+        raise UsageError(f"--signed goes with --kernel repmatch, not with {options.kernel}.")
+    if options.kernel == "joined":
+        return JoinedKernel
+    if options.matrices:
+        raise UsageError("--matrices choose among factors, and --kernel embeddings reads none.")
+    return partial(JoinedKernel, weights=(0.0, 1.0))
+
+
+def _features(sets: _Sets, dataset: str, ids: Sequence[str], n: int) -> Features | None:
+    """Return what feature coverage reads of the candidates, of which those after the n-th are of what is given."""
+    options = sets.options
+    alone = "features" in strategy(options.strategy).needs
+    if not alone and "feature-coverage" not in options.mix:
+        if options.features:
+            raise UsageError("--features goes with the strategy feature-coverage, alone or in a mixture.")
+        return None
+    if options.represent is not None and alone:
+        raise SelectionError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
+    named = [(dataset, ids[:n])]
+    if len(ids) > n:
+        named.append((sets.store.resolve(str(options.given)).dataset, ids[n:]))
+    return features_of(sets.store, named, options.features)
 
 
 def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
@@ -126,15 +154,6 @@ def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
         return picks_of(options.k, n)
     closed = {*np.asarray(rules.exclude, np.int64).tolist(), *np.asarray(rules.given, np.int64).tolist()}
     return n - len([position for position in closed if position < n])
-
-
-def _sorted(factors: Factors, options: SelectOptions) -> tuple[Factors, NDArray[np.int64], tuple[str, ...]]:
-    """Return factors in order of ids, where each lay before, and a note where they are too many to be sorted."""
-    if options.strategy in IN_ROW_ORDER:
-        return factors, np.arange(len(factors)), ()
-    found, places, done = in_id_order(factors)
-    note = "ties go to the row that was ingested first: the factors are too many to be sorted by id in memory"
-    return found, places, () if done else (note,)
 
 
 def _matrices(factors: Factors, patterns: Sequence[str]) -> Factors:
@@ -165,26 +184,43 @@ def _places(ids: Sequence[str], known: dict[str, int], option: str) -> list[int]
     return [known[i] for i in dict.fromkeys(ids)]
 
 
-def _named(store: Store, name: str, options: SelectOptions, option: str) -> Factors:
-    """Return the factors of a named set."""
-    subset = store.resolve(name)
-    ids = store.members(subset).ids
-    if not ids:
-        raise UsageError(f"--{option} {name} has no instances.")
-    return _sorted(_matrices(store.factors(subset.dataset, ids=ids), options.matrices), options)[0]
+@dataclass(frozen=True)
+class _Sets:
+    """Sets of instances, with all that the kernel reads of them."""
+
+    store: Store
+    options: SelectOptions
+    embed: Embed
+
+    def ready(self, dataset: str, stored: Factors) -> tuple[Factors, NDArray[np.int64], tuple[str, ...]]:
+        """Return factors in order of ids, where each lay before, and a note where they are too many to be sorted."""
+        chosen, places = _matrices(stored, self.options.matrices), np.arange(len(stored))
+        notes: tuple[str, ...] = ()
+        if self.options.strategy not in IN_ROW_ORDER:
+            chosen, places, done = in_id_order(chosen)
+            notes = () if done else (UNSORTED,)
+        if self.options.kernel != "repmatch":
+            chosen = replace(chosen, embeddings=self.embed(dataset, chosen.ids))
+        return chosen, places, notes
+
+    def named(self, name: str, option: str) -> Factors:
+        subset = self.store.resolve(name)
+        ids = self.store.members(subset).ids
+        if not ids:
+            raise UsageError(f"--{option} {name} has no instances.")
+        return self.ready(subset.dataset, self.store.factors(subset.dataset, ids=ids))[0]
 
 
-def _with_given(
-    store: Store, dataset: str, options: SelectOptions, factors: Factors, rules: Constraints
-) -> tuple[Factors, Constraints]:
+def _with_given(sets: _Sets, dataset: str, factors: Factors, rules: Constraints) -> tuple[Factors, Constraints]:
     """Add what is given to the rules; instances of another dataset become candidates that can't be picked."""
+    store, options = sets.store, sets.options
     known = {name: i for i, name in enumerate(factors.ids)}
     if not options.given:
         return factors, rules
     if not isinstance(options.given, str) or store.resolve(options.given).dataset == dataset:
         places = _places(_ids(store, dataset, options.given, "given"), known, "given")
         return factors, replace(rules, given=places)
-    others = _named(store, options.given, options, "given")
+    others = sets.named(options.given, "given")
     n, total = len(factors), len(factors) + len(others)
     pad = len(others)
     rules = replace(
@@ -221,6 +257,7 @@ def _joined(a: Factors, b: Factors) -> Factors:
         bits=both(a.bits, b.bits),
         norms=both(a.norms, b.norms),
         cores=both(a.cores, b.cores),
+        embeddings=both(a.embeddings, b.embeddings),
     )
 
 

@@ -7,6 +7,7 @@ from repmatch.selectors.estimators import Selector
 from repmatch.selectors.facility import facility_location
 from repmatch.selectors.features import Features
 from repmatch.selectors.greedy import Objective
+from repmatch.selectors.joined import JoinedKernel
 from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
 from repmatch.selectors.large import partitioned
 from repmatch.selectors.medoids import k_medoids
@@ -46,6 +47,7 @@ __all__ = [
     "FeatureCoverage",
     "Features",
     "GraphCut",
+    "JoinedKernel",
     "Kernel",
     "LogDeterminant",
     "MeanMatch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -156,7 +157,12 @@ class FactorKernel:
     """The RepMatch kernel of stored factors, computed where it is read: mean over matrices of φ(r, r).
 
     Whole (n, n) arrays are made only within the memory limit; otherwise blocks of columns are.
+
+    Attributes:
+        progress: called with what is done, rows done and rows in all, while all of it is read.
     """
+
+    progress: Callable[[str, int, int], None] | None = None
 
     def __init__(
         self, factors: Factors, *, represented: Factors | None = None, memory_limit: int | None = None
@@ -207,6 +213,7 @@ class FactorKernel:
                 out[lo:hi, start:] = self.block(
                     take(self.represented, slice(lo, hi)), take(self.factors, slice(start, n))
                 )
+                report(self, "comparing", hi, rows)
             if self.symmetric:
                 _mirror(out)
             self._whole = out
@@ -219,16 +226,24 @@ class FactorKernel:
 
     def rows(self, indices: NDArray[np.int64]) -> Kernel:
         """Return the kernel of some represented instances only."""
-        return type(self)(self.factors, represented=take(self.represented, indices), memory_limit=self.memory_limit)
+        return self.like(self.factors, take(self.represented, indices))
+
+    def like(self, factors: Factors, represented: Factors | None) -> FactorKernel:
+        """Return the same kernel of other instances.
+
+        Args:
+            factors: the candidates.
+            represented: what they should stand for; None: each other.
+        """
+        return type(self)(factors, represented=represented, memory_limit=self.memory_limit)
 
     def candidates(self) -> FactorKernel:
         """Return the kernel of the candidates with each other."""
-        return type(self)(self.factors, memory_limit=self.memory_limit)
+        return self.like(self.factors, None)
 
     def part(self, columns: NDArray[np.int64], rows: NDArray[np.int64] | None) -> FactorKernel:
         """Return the kernel of some candidates, with some represented instances or each other."""
-        others = None if rows is None else take(self.represented, rows)
-        return type(self)(take(self.factors, columns), represented=others, memory_limit=self.memory_limit)
+        return self.like(take(self.factors, columns), None if rows is None else take(self.represented, rows))
 
     def diagonal(self) -> NDArray[np.float64]:
         """Return (n,): the similarity of each instance with itself; below 1 where a matrix's factor is zero."""
@@ -278,7 +293,7 @@ def as_kernel(
     if isinstance(represented, Factors):
         if not isinstance(whole, FactorKernel):
             raise SelectionError("represented factors need a kernel of factors: pass Factors or FactorKernel as kernel")
-        return type(whole)(whole.factors, represented=represented, memory_limit=whole.memory_limit)
+        return whole.like(whole.factors, represented)
     array = np.asarray(represented)
     if array.ndim == 1:
         if array.dtype == np.bool_:
@@ -308,6 +323,20 @@ def among_candidates(kernel: Kernel | None) -> Kernel:
     if kernel is None or kernel.shape[0] != kernel.shape[1]:
         raise SelectionError("keeping picks apart needs the candidates' similarities with each other")
     return kernel
+
+
+def report(kernel: Kernel, what: str, done: int, total: int) -> None:
+    """Tell how far a long reading of a kernel is, where the kernel knows whom to tell.
+
+    Args:
+        kernel: the kernel.
+        what: what is done, such as "comparing".
+        done: rows or picks done.
+        total: of how many.
+    """
+    tell = getattr(kernel, "progress", None)
+    if tell is not None:
+        tell(what, done, total)
 
 
 def _need_square(shape: tuple[int, int]) -> None:
