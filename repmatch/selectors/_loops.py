@@ -287,20 +287,16 @@ def sparse_gains(
     which: NDArray[np.int64],
     total: NDArray[np.float64],
     weights: NDArray[np.float64],
-    root: bool,
     lo: int,
     hi: int,
     out: NDArray[np.float64],
 ) -> None:
-    """Do what root_gains does where a row has few features; without `root` by log(1 + x)."""
+    """Do what root_gains does where a row has few features."""
     for c in range(lo, hi):
         gain = 0.0
         for p in range(starts[which[c]], starts[which[c] + 1]):
             before, after = total[columns[p]], total[columns[p]] + values[p]
-            if root:
-                gain += weights[columns[p]] * (np.sqrt(after) - np.sqrt(before))
-            else:
-                gain += weights[columns[p]] * (np.log1p(after) - np.log1p(before))
+            gain += weights[columns[p]] * (np.sqrt(after) - np.sqrt(before))
         out[c] = gain
 
 

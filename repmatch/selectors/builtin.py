@@ -12,11 +12,11 @@ from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import random, top
 from repmatch.selectors.constraints import check_size
 from repmatch.selectors.facility import Algorithm, facility_location
+from repmatch.selectors.features import FeatureCoverage
 from repmatch.selectors.greedy import Objective, Search
 from repmatch.selectors.medoids import k_medoids
 from repmatch.selectors.objectives import (
     Coverage,
-    FeatureCoverage,
     GraphCut,
     MeanMatch,
     Mixture,

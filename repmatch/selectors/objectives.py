@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
-from repmatch.selectors.features import Features
 from repmatch.selectors.greedy import Objective
 from repmatch.selectors.kernels import DenseKernel, Kernel
-
-Concave = Literal["sqrt", "log"]
 
 
 class Coverage(Objective):
@@ -96,80 +92,6 @@ class SaturatedCoverage(Objective):
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         return float(self.limit.sum())
-
-
-class FeatureCoverage(Objective):
-    """Every feature is present, with falling returns: Σ_f w_f · g(Σ_{j ∈ S} x_jf), g concave (Wei et al. 2014)."""
-
-    def __init__(
-        self,
-        features: Features | ArrayLike,
-        *,
-        weights: ArrayLike | None = None,
-        concave: Concave = "sqrt",
-        kernel: Kernel | None = None,
-    ) -> None:
-        """Take features.
-
-        Args:
-            features: (n, f) floats of at least 0, a sparse matrix of scipy's kind, or `Features`.
-            weights: (f,) floats of at least 0; those of the features, or 1 each, by default.
-            concave: g: "sqrt" or "log" (of 1 + x).
-            kernel: for the representatives only.
-        """
-        x: Features | NDArray[np.float64]
-        if isinstance(features, Features) or hasattr(features, "tocsr"):
-            x = features if isinstance(features, Features) else Features.of_matrix(features)
-            width, weights = x.width, x.weights if weights is None else weights
-        else:
-            x = np.ascontiguousarray(features, np.float64)
-            if x.ndim != 2 or not np.isfinite(x).all() or (x < 0).any():
-                raise SelectionError(f"features {x.shape} can't be used: expected (n, f) finite numbers of at least 0")
-            width = x.shape[1]
-        w = np.ones(width) if weights is None else np.asarray(weights, np.float64)
-        if w.shape != (width,) or not (w >= 0).all():
-            raise SelectionError(f"weights have shape {w.shape}: expected ({width},) numbers of at least 0")
-        if concave not in ("sqrt", "log"):
-            raise SelectionError(f"there is no concave function {concave!r}: expected sqrt or log")
-        self.features, self.weights, self.kernel, self.n = x, w, kernel, len(x)
-        self.total = np.zeros(width)
-        self.concave = np.sqrt if concave == "sqrt" else np.log1p
-
-    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return what each of some candidates would add."""
-        from repmatch.selectors import _loops
-
-        out, x, root = np.empty(len(indices)), self.features, self.concave is np.sqrt
-
-        def part(lo: int, hi: int) -> None:
-            if isinstance(x, Features):
-                entries = (x.starts, x.columns, x.values)
-                _loops.sparse_gains(*entries, indices, self.total, self.weights, root, lo, hi, out)
-            else:
-                _loops.root_gains(x, indices, self.total, self.weights, lo, hi, out)
-
-        if root or isinstance(x, Features):
-            in_chunks(part, len(indices), least=64)
-            return out
-        before = self.concave(self.total)
-        step = max(1, (8 << 20) // max(1, 8 * len(self.weights)))
-        for lo in range(0, len(indices), step):
-            after = self.concave(self.total + x[indices[lo : lo + step]])
-            out[lo : lo + step] = ((after - before) * self.weights).sum(axis=1)
-        return out
-
-    def add(self, index: int) -> None:
-        """Note a pick."""
-        if isinstance(self.features, Features):
-            here = slice(*self.features.starts[index : index + 2].tolist())
-            self.total[self.features.columns[here]] += self.features.values[here]
-        else:
-            self.total = self.total + self.features[index]
-
-    def ceiling(self) -> float:
-        """Return the value of all instances together."""
-        x = self.features
-        return float((self.concave(x.totals if isinstance(x, Features) else x.sum(axis=0)) * self.weights).sum())
 
 
 class LogDeterminant(Objective):

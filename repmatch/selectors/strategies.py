@@ -11,12 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
 from repmatch.selectors.constraints import Constraints, Positions, positions
-from repmatch.selectors.features import Features
+from repmatch.selectors.features import Concave, FeatureCoverage, Features
 from repmatch.selectors.greedy import Objective, Progress, Search, Searched, solve
 from repmatch.selectors.kernels import Kernel, as_kernel
 from repmatch.selectors.objectives import (
-    Concave,
-    FeatureCoverage,
     GraphCut,
     LogDeterminant,
     MeanMatch,
