@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
-from repmatch.store.catalog import NAME, REBUILT, Catalog, read_meta
+from repmatch.store.catalog import NAME, REBUILT, Catalog
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.lock import WriterLock
+from repmatch.store.meta import read_meta
 from repmatch.store.recovery import recover
 
 if TYPE_CHECKING:

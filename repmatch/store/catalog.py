@@ -32,6 +32,7 @@ from repmatch.errors import (
 )
 from repmatch.store import migrations
 from repmatch.store.files import sync_folder, writing_to
+from repmatch.store.meta import check_version, schema_of
 
 NAME = "catalog.duckdb"
 REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
@@ -240,6 +241,7 @@ class Catalog:
 
         Raises:
             StoreError: the copy failed, then nothing was changed; or a step failed.
+            StoreVersionError: the schema is newer.
         """
         import duckdb
 
@@ -247,8 +249,9 @@ class Catalog:
         with gate.lock:
             conn = self._connect(read_only=False)
             try:
-                found = int(read_meta(conn)["schema"])
+                found, _ = schema_of(conn, self.path)
                 if found >= migrations.schema():
+                    check_version(conn, self.path, write=True)  # a newer one is not even put right
                     return
                 conn.execute("CHECKPOINT")
             finally:
@@ -342,52 +345,3 @@ def first(result: Any) -> Any:
     """
     rows = result.fetchall()
     return rows[0] if rows else None
-
-
-def read_meta(conn: Any) -> dict[str, str]:
-    """Read the store's facts about itself.
-
-    Args:
-        conn: an open connection.
-
-    Returns:
-        `schema`, `min_reader`, `uuid`, `created`, `created_by`.
-    """
-    return dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
-
-
-def check_version(conn: Any, path: Path, write: bool) -> None:
-    """Refuse a catalog whose schema this version does not know.
-
-    Args:
-        conn: an open connection.
-        path: the catalog, for the message.
-        write: whether it is to be written.
-
-    Raises:
-        StoreVersionError: the schema is newer, or older and not migrated yet.
-        StoreCorruptError: the database is not a catalog of ours.
-    """
-    import duckdb
-
-    from repmatch import __version__
-
-    try:
-        meta = read_meta(conn)
-        found, least = int(meta["schema"]), int(meta["min_reader"])
-    except (duckdb.CatalogException, KeyError, ValueError) as error:
-        raise StoreCorruptError(
-            f"{path} is a DuckDB database but not a catalog of repmatch (registry.meta cannot be read). Name another "
-            "folder with --store, or restore it from a backup."
-        ) from error
-    known = migrations.schema()
-    if found > known and (write or least > known):
-        raise StoreVersionError(
-            f"the store {path.parent} has schema {found}; repmatch {__version__} knows schema {known}. "
-            "Upgrade with: pip install -U repmatch"
-        )
-    if found < known:
-        raise StoreVersionError(
-            f"the store {path.parent} has schema {found}; repmatch {__version__} needs schema {known}. "
-            "Open it once for writing to bring it up to date (a backup is kept): repmatch.open(path, mode='w')"
-        )

@@ -12,9 +12,10 @@ from typing import Any
 from repmatch.datamodels import Space
 from repmatch.errors import StoreCorruptError
 from repmatch.store.adapter_file import parse_adapter, put_adapter
-from repmatch.store.catalog import Catalog, read_meta
+from repmatch.store.catalog import Catalog
 from repmatch.store.files import sync_folder
 from repmatch.store.journal import BatchEntry, Journal
+from repmatch.store.meta import read_meta
 from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space
 from repmatch.store.scratch import remove_stale
 from repmatch.store.segment import HEADER_BYTES, SegmentFile

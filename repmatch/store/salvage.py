@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from repmatch.store import migrations
-from repmatch.store.catalog import _gate, hide_progress, read_meta
+from repmatch.store.catalog import _gate, hide_progress
+from repmatch.store.meta import read_meta
 
 logger = logging.getLogger(__name__)
 
