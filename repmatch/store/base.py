@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
 from repmatch.store.catalog import NAME, REBUILT, Catalog
-from repmatch.store.files import sync_folder, writing_to
+from repmatch.store.files import check_plain, sync_folder, writing_to
 from repmatch.store.lock import WriterLock
 from repmatch.store.meta import read_meta
 from repmatch.store.recovery import recover
@@ -51,6 +51,7 @@ class Base:
         self._mutex = threading.RLock()
         self._closed = False
         self._spaces: dict[str, Space] = {}
+        check_plain(path)
         if mode is not None or not self._catalog_is_lost():  # a lost catalog can be rebuilt by `repair`
             self._check_folder()
         if mode == "r" and not self._catalog.exists():

@@ -32,7 +32,7 @@ from repmatch.errors import (
 )
 from repmatch.store import migrations
 from repmatch.store.files import sync_folder, writing_to
-from repmatch.store.meta import check_version, schema_of
+from repmatch.store.meta import check_objects, check_version, schema_of
 
 NAME = "catalog.duckdb"
 REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
@@ -47,6 +47,7 @@ _DAMAGE = (
 class _Gate:
     lock: Any = field(default_factory=threading.RLock)
     connection: Any = None
+    trusted: tuple[int, int] | None = None  # device and inode of the catalog whose objects were looked at
 
 
 _gates: dict[str, _Gate] = {}
@@ -124,8 +125,8 @@ class Catalog:
                 raise StoreError("user-written SQL cannot run while this thread holds a transaction open.")
             conn = gate.connection = self._connect(read_only=True)
             try:
-                check_version(conn, self.path, write=False)
-                conn.execute("SET enable_external_access = false; SET lock_configuration = true")
+                self._check(conn, write=False)
+                conn.execute("SET lock_configuration = true")
                 yield conn
             finally:
                 gate.connection = None
@@ -156,7 +157,7 @@ class Catalog:
                     raise
 
     @contextmanager
-    def _opened(self, read_only: bool) -> Iterator[Any]:
+    def _opened(self, read_only: bool, files: bool = False) -> Iterator[Any]:
         import duckdb
 
         gate = _gate(self.path)
@@ -164,15 +165,23 @@ class Catalog:
             if gate.connection is not None:
                 yield gate.connection
                 return
-            conn = gate.connection = self._connect(read_only)
+            conn = gate.connection = self._connect(read_only, files)
             try:
-                check_version(conn, self.path, write=not read_only)
+                self._check(conn, write=not read_only)
                 yield conn
             except duckdb.Error as error:
                 raise explain(error, self.path) from error
             finally:
                 gate.connection = None
                 conn.close()
+
+    def _check(self, conn: Any, write: bool) -> None:
+        """Refuse another schema and, once a process, a catalog that holds what would run by itself."""
+        check_version(conn, self.path, write=write)
+        gate, about = _gate(self.path), self.path.stat()
+        if gate.trusted != (about.st_dev, about.st_ino):
+            check_objects(conn, self.path)
+            gate.trusted = (about.st_dev, about.st_ino)
 
     @contextmanager
     def attached(self, conn: Any) -> Iterator[None]:
@@ -253,6 +262,7 @@ class Catalog:
                 if found >= migrations.schema():
                     check_version(conn, self.path, write=True)  # a newer one is not even put right
                     return
+                check_objects(conn, self.path)
                 conn.execute("CHECKPOINT")
             finally:
                 conn.close()
@@ -280,7 +290,7 @@ class Catalog:
             raise StoreError(f"could not back up {self.path} before migrating it: {done.stderr.strip()[-500:]}")
         return target
 
-    def _connect(self, read_only: bool) -> Any:
+    def _connect(self, read_only: bool, files: bool = False) -> Any:
         import duckdb
 
         if not self.exists():
@@ -293,6 +303,8 @@ class Catalog:
             lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill})
         )
         hide_progress(conn)
+        if not files:
+            confine(conn)
         return conn
 
     def _patiently(self, connect: Any) -> Any:
@@ -332,6 +344,18 @@ def hide_progress(conn: Any) -> None:
 
     with suppress(duckdb.InvalidInputException):  # a notebook without ipywidgets has no bar, and says so
         conn.execute("SET enable_progress_bar = false")
+
+
+def confine(conn: Any) -> None:
+    """Keep a connection from files, the network and extensions, whatever a view or macro in the database asks for.
+
+    Args:
+        conn: an open connection.
+    """
+    conn.execute(
+        "SET autoload_known_extensions = false; SET autoinstall_known_extensions = false; "
+        "SET enable_external_access = false"
+    )
 
 
 def first(result: Any) -> Any:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from repmatch import __version__
-from repmatch.errors import StoreCorruptError, StoreVersionError
+from repmatch.errors import StoreCorruptError, StoreVersionError, quote_list
 from repmatch.store import migrations
+
+_OBJECTS = {
+    "view": "SELECT view_name FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'",
+    "macro": "SELECT function_name FROM duckdb_functions() WHERE NOT internal",
+    "trigger": "SELECT trigger_name FROM duckdb_triggers()",
+}
 
 
 def read_meta(conn: Any) -> dict[str, str]:
@@ -75,4 +82,27 @@ def check_version(conn: Any, path: Path, write: bool) -> None:
             f"the store {path.parent} has schema {found}; repmatch {__version__} needs schema {known}. Bring it up to "
             f"date, which keeps a copy of its catalog, with: repmatch --store {shlex.quote(str(path.parent))} compact, "
             "or in Python repmatch.open(path, mode='w')"
+        )
+
+
+def check_objects(conn: Any, path: Path) -> None:
+    """Refuse a catalog that would do more than hold rows: views in place of tables, macros, triggers.
+
+    Args:
+        conn: an open connection.
+        path: the catalog, for the message.
+
+    Raises:
+        StoreCorruptError: there is such a thing.
+    """
+    import duckdb
+
+    found = []
+    for kind, query in _OBJECTS.items():
+        with suppress(duckdb.CatalogException):  # a DuckDB without triggers has no list of them
+            found += [f"{kind} {name}" for (name,) in conn.execute(query).fetchall()]
+    if found:
+        raise StoreCorruptError(
+            f"the catalog {path} holds what no version of repmatch puts there ({quote_list(found)}), and nothing of it "
+            "was run. Do not use this store; ask where it came from."
         )

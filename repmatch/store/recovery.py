@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from repmatch.store.catalog import Catalog
 from repmatch.store.files import sync_folder
 from repmatch.store.journal import BatchEntry, Journal
 from repmatch.store.meta import read_meta
-from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space
+from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space, space_of
 from repmatch.store.scratch import remove_stale
 from repmatch.store.segment import HEADER_BYTES, SegmentFile
 
@@ -58,8 +59,18 @@ def committed_segments(conn: Any) -> list[Committed]:
 
     Returns:
         The segments by number.
+
+    Raises:
+        StoreCorruptError: sizes that no segment has.
     """
-    return [Committed(*row) for row in conn.execute(f"{COMMITTED} ORDER BY s.pk").fetchall()]
+    found = [Committed(*row) for row in conn.execute(f"{COMMITTED} ORDER BY s.pk").fetchall()]
+    for record in found:
+        if record.row_bytes <= 0 or record.pk <= 0 or record.rows < 0 or record.journal_bytes < 0:
+            raise StoreCorruptError(
+                f"the catalog's record of segment {record.pk} makes no sense ({record.rows} rows of {record.row_bytes} "
+                "bytes). Restore the store from a backup."
+            )
+    return found
 
 
 def journal_of(segment: SegmentFile) -> Journal:
@@ -128,7 +139,11 @@ def _ahead(file: SegmentFile, record: Committed) -> list[_Found]:
     out: list[_Found] = []
     rows = record.rows
     for end, value in journal_of(file).frames(record.journal_bytes):
-        entry = BatchEntry.from_value(value)
+        try:
+            entry = BatchEntry.from_value(value)
+            dataset_of(entry.dataset)
+        except (ValueError, StoreCorruptError):
+            break
         count = len(entry.rows)
         whole = file.size() >= file.offset(rows + count)
         if entry.first != rows or not whole or file.crc32(rows, count) != entry.crc32:
@@ -150,9 +165,15 @@ def _unknown(segments: Path, known: set[int], uuid: str) -> list[tuple[SegmentFi
             continue
         file = SegmentFile(segments, header.number, header.row_bytes)
         head = next(journal_of(file).frames(), None)
-        if header.store == uuid and header.number == int(path.stem) and head is not None:
+        if header.store == uuid and header.number == int(path.stem) and head is not None and _names_space(head[1]):
             out.append((file, head[0]))
     return out
+
+
+def _names_space(head: dict[str, Any]) -> bool:
+    with suppress(StoreCorruptError):
+        return bool(space_of(head.get("space", "")))
+    return False
 
 
 def _adopt(catalog: Catalog, segments: Path, found: list[_Found], heads: dict[int, int]) -> None:
@@ -201,7 +222,7 @@ def _enter_segment(conn: Any, segments: Path, number: int, head_end: int) -> Non
     header = SegmentFile(segments, number, 1).header()
     file = SegmentFile(segments, number, header.row_bytes)
     head = next(journal_of(file).frames())[1]
-    put_segment(conn, Space.from_json(head["space"]), header.encoding, file, head_end)
+    put_segment(conn, space_of(head["space"]), header.encoding, file, head_end)
 
 
 def put_segment(conn: Any, space: Space, encoding: str, file: SegmentFile, head_end: int) -> None:
