@@ -138,7 +138,7 @@ class Connection:
     def __getattr__(self, name): return getattr(self._inner, name)
     def commit(self): os.kill(os.getpid(), signal.SIGKILL)
 real = catalog.Catalog._connect
-catalog.Catalog._connect = lambda self, read_only: Connection(real(self, read_only))
+catalog.Catalog._connect = lambda *given, **more: Connection(real(*given, **more))
 stores.open({path!r}, mode="w")
 """
 

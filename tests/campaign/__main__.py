@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from campaign import child, company, damage, kills, limits
+from campaign import child, commands, company, damage, kills, limits
 from campaign.tally import Outcome, Tally
 
 Act = Callable[[Path, random.Random], Outcome]
@@ -34,23 +34,34 @@ SHARES = {
     "two writers": 3,
     "ten readers": 2,
     "hang": 3,
+    "command": 8,
 }
 
 
-def acts(folder: Path, seed: int) -> dict[str, Act]:
+def acts(folder: Path, seed: int, heavy: bool = True) -> dict[str, Act]:
     """Return what each kind of trial does.
 
     Args:
         folder: where sound stores are made to be struck.
         seed: of those stores.
+        heavy: whether whole commands will run, so that torch is loaded once, for all children.
     """
-    child.CONTEXT.set_forkserver_preload(list(child.LIGHT))  # children start at once, and need no files of Python's
+    child.CONTEXT.set_forkserver_preload(
+        [*child.LIGHT, *(child.HEAVY if heavy else ())]
+    )  # children start at once, and need no files of Python's
     for i in range(4):
         (folder / f"base{i}").mkdir(parents=True)
     bases = [damage.make_base(folder / f"base{i}", seed + i, logged=i % 2 == 1) for i in range(4)]
     quiet = [base for base in bases if base.logged is None]
     costs = kills.Costs(folder / "costs")
     repair_lines = costs.lines.get("repair", 200)
+
+    made: list[commands.Commands] = []
+
+    def command(place: Path, rng: random.Random) -> Outcome:
+        if not made:  # a model and six stores: only where they are needed
+            made.append(commands.Commands(folder / "commands"))
+        return commands.command(place, rng, made[0])
 
     def struck(place: Path, rng: random.Random) -> Outcome:
         return damage.damage(place, rng, bases, rng.choice(damage.TARGETS), rng.choice(damage.WAYS))
@@ -67,6 +78,7 @@ def acts(folder: Path, seed: int) -> dict[str, Act]:
         "two writers": company.two_writers,
         "ten readers": company.ten_readers,
         "hang": partial(company.hang, costs=costs, bases=quiet),
+        "command": command,
     }
 
 
@@ -96,7 +108,7 @@ def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = 
     work = Path(tempfile.mkdtemp(prefix="campaign-")) if folder is None else folder
     work.mkdir(parents=True, exist_ok=True)
     work.chmod(0o755)
-    found = acts(work / "sound", 0)
+    found = acts(work / "sound", 0, heavy=not only or "command" in only)
     for at, (kind, own) in enumerate(order(trials, only, seed)):
         place = work / f"{at:05}-{kind.replace(' ', '-')}"
         tally.trial(kind, own, place, lambda place, kind=kind, own=own: found[kind](place, random.Random(own)))  # type: ignore[misc]
