@@ -14,6 +14,7 @@ from repmatch.store.files import check_plain, sync_folder, writing_to
 from repmatch.store.lock import WriterLock
 from repmatch.store.meta import read_meta
 from repmatch.store.recovery import recover
+from repmatch.store.turn import NAME as TURN
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from repmatch.datamodels import Space
 
 Mode = Literal["r", "w"]
-_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal", REBUILT)
+_OURS = ("store.lock", TURN, "staging", NAME + ".new", NAME + ".new.wal", REBUILT)
 SEGMENT_BYTES = 256 << 20
 
 

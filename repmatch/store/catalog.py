@@ -33,6 +33,7 @@ from repmatch.errors import (
 from repmatch.store import migrations
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.meta import check_objects, check_version, schema_of
+from repmatch.store.turn import taking_turns
 
 NAME = "catalog.duckdb"
 REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
@@ -299,15 +300,17 @@ class Catalog:
                 "or name another with --store."
             )
         spill = str(Path(tempfile.gettempdir()) / f"repmatch-{os.getpid()}")
-        conn = self._patiently(
-            lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill})
-        )
+        with taking_turns(self.path.parent, read_only) as turn:
+            conn = self._patiently(
+                lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill}),
+                None if read_only else turn.ask,
+            )
         hide_progress(conn)
         if not files:
             confine(conn)
         return conn
 
-    def _patiently(self, connect: Any) -> Any:
+    def _patiently(self, connect: Any, ask: Callable[[], None] | None = None) -> Any:
         import duckdb
 
         deadline, pause = time.monotonic() + self.patience, 0.005
@@ -330,6 +333,8 @@ class Catalog:
                         f"the catalog {self.path} has been held by {who} for {self.patience:g} s. "
                         "Wait until it has finished, or end that process."
                     ) from error
+                if ask is not None:
+                    ask()
                 time.sleep(pause)
                 pause = random.uniform(0.005, 0.03)  # short: a busy writer leaves the lock for moments only
 
