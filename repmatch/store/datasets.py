@@ -124,7 +124,8 @@ class Datasets(Base):
         """Return every dataset: name, rows, factors, labels, encoding, space_id, columns, created, updated."""
         return self._frame(
             "SELECT d.name, count(i.pk) AS rows, count(f.instance_pk) AS factors, "
-            "from_json(d.labels, '[\"VARCHAR\"]') AS labels, d.encoding, d.space_id, d.columns, d.created, d.updated "
+            "coalesce(try(from_json(d.labels, '[\"VARCHAR\"]')), []) AS labels, "
+            "d.encoding, d.space_id, d.columns, d.created, d.updated "
             "FROM registry.datasets d LEFT JOIN registry.instances i ON i.dataset_pk = d.pk "
             "LEFT JOIN (SELECT f.instance_pk, p.id AS space_id, s.encoding FROM registry.factors f "
             "JOIN registry.segments s ON s.pk = f.segment_pk JOIN registry.spaces p ON p.pk = s.space_pk) f "

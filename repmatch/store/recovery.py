@@ -22,6 +22,7 @@ from repmatch.store.scratch import remove_stale
 from repmatch.store.segment import HEADER_BYTES, SegmentFile
 
 logger = logging.getLogger(__name__)
+_MAX_BYTES = 1 << 48
 _FILES = (".bin", ".journal")
 
 
@@ -65,7 +66,8 @@ def committed_segments(conn: Any) -> list[Committed]:
     """
     found = [Committed(*row) for row in conn.execute(f"{COMMITTED} ORDER BY s.pk").fetchall()]
     for record in found:
-        if record.row_bytes <= 0 or record.pk <= 0 or record.rows < 0 or record.journal_bytes < 0:
+        sizes = (record.pk, record.row_bytes, record.rows, record.journal_bytes)
+        if not all(0 <= size < _MAX_BYTES for size in sizes) or 0 in (record.pk, record.row_bytes):
             raise StoreCorruptError(
                 f"the catalog's record of segment {record.pk} makes no sense ({record.rows} rows of {record.row_bytes} "
                 "bytes). Restore the store from a backup."

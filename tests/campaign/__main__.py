@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,7 +94,13 @@ def order(trials: int, only: Sequence[str], seed: int) -> list[tuple[str, int]]:
     return [(kind, seed + i) for i, kind in enumerate(every)]
 
 
-def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = None) -> Tally:
+def run(
+    trials: int,
+    seed: int,
+    only: Sequence[str] = (),
+    folder: Path | None = None,
+    stop: threading.Event | None = None,
+) -> Tally:
     """Run a campaign.
 
     Args:
@@ -100,6 +108,7 @@ def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = 
         seed: of the first trial; the others count on from it.
         only: kinds, all by default.
         folder: where to work; what went wrong stays there.
+        stop: no further trial is begun when it is set.
 
     Returns:
         The tally.
@@ -110,6 +119,8 @@ def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = 
     work.chmod(0o755)
     found = acts(work / "sound", 0, heavy=not only or "command" in only)
     for at, (kind, own) in enumerate(order(trials, only, seed)):
+        if stop is not None and stop.is_set():
+            break
         place = work / f"{at:05}-{kind.replace(' ', '-')}"
         tally.trial(kind, own, place, lambda place, kind=kind, own=own: found[kind](place, random.Random(own)))  # type: ignore[misc]
         if (at + 1) % 20 == 0:
@@ -126,8 +137,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial (default 0)")
     parser.add_argument("--only", nargs="+", default=[], choices=[*SHARES], metavar="KIND", help=", ".join(SHARES))
     options = parser.parse_args()
-    tally = run(options.trials, options.seed, options.only)
-    print(f"{options.trials} trials, seed {options.seed}\n\n{tally.table()}")  # noqa: T201
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())  # the trial under way is finished, and the tally printed
+    tally = run(options.trials, options.seed, options.only, stop=stop)
+    ended = f", ended after {tally.trials} of them" if stop.is_set() else ""
+    print(f"{options.trials} trials, seed {options.seed}{ended}\n\n{tally.table()}")  # noqa: T201
     return bool(tally.wrong)
 
 

@@ -118,7 +118,7 @@ def retrainings(store: Store, names: Collection[str]) -> list[dict[str, Any]]:
         if row["command"] == "evaluate" and row["status"] == "ok":
             what = "the record of an evaluation"
             arguments, detail = stored_object(row["arguments"], what), stored_object(row["detail"], what)
-            last[arguments.get("dataset")] = detail
+            last[str(arguments.get("dataset"))] = detail
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for dataset, detail in last.items():
         if dataset not in names:
