@@ -60,6 +60,19 @@ fuzz: $(STAMP) ## Give everything that is read from outside to a coverage-guided
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzzing --seconds $(or $(SECONDS),60)
 
+# Versions are those of constraints.txt, hashes those that the index has: of every file of every platform, torch as PyPI has
+# it. The index is the one uv is set up with, and is not written down.
+lock: $(STAMP) ## Write requirements.lock again: every dependency with the hashes of its files
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,audit]'
+	mkdir -p build
+	$(BIN)/uv pip compile pyproject.toml --all-extras --constraints constraints.txt --universal --python-version 3.11.5 \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --quiet --output-file build/requirements.lock
+	{ sed -n '/^#/p' requirements.lock; cat build/requirements.lock; } > build/requirements.new && mv build/requirements.new requirements.lock
+
+audit: $(STAMP) ## Ask PyPI's advisories about every dependency of requirements.lock (needs the network; fails where one cannot be asked about)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,audit]'
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
+
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py
 
