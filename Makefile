@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # it is measured against.
 bench bench-engine: export OMP_WAIT_POLICY := ACTIVE
 
-.PHONY: help install demo test test-slow lint wheel docs notebook faults bench bench-engine bench-select bench-store clean
+.PHONY: help install demo test test-slow lint wheel docs notebook faults fuzz lock audit bench bench-engine bench-select bench-store clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,23 @@ notebook: $(STAMP) ## Run the example notebook again and keep its outputs
 
 faults: $(STAMP) ## Strike stores in every way, 500 times, and print the tally (about a quarter of an hour; TRIALS=n SEED=n)
 	PYTHONPATH=tests $(BIN)/python -m campaign --trials $(or $(TRIALS),500) --seed $(or $(SEED),0)
+
+fuzz: $(STAMP) ## Give everything that is read from outside to a coverage-guided fuzzer (SECONDS=n for each of 14 targets, 60)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzzing --seconds $(or $(SECONDS),60)
+
+# Versions are those of constraints.txt, hashes those that the index has: of every file of every platform, torch as PyPI has
+# it. The index is the one uv is set up with, and is not written down.
+lock: $(STAMP) ## Write requirements.lock again: every dependency with the hashes of its files
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,audit]'
+	mkdir -p build
+	$(BIN)/uv pip compile pyproject.toml --all-extras --constraints constraints.txt --universal --python-version 3.11.5 \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --quiet --output-file build/requirements.lock
+	{ sed -n '/^#/p' requirements.lock; cat build/requirements.lock; } > build/requirements.new && mv build/requirements.new requirements.lock
+
+audit: $(STAMP) ## Ask PyPI's advisories about every dependency of requirements.lock (needs the network; fails where one cannot be asked about)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,audit]'
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -90,7 +91,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False, default_map=read_config(cli))
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(file=shown)  # with values of a configuration file in it
+        err.say(shown.getvalue().rstrip("\n"))
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         err.error("interrupted; what was committed stays. Run the same command again to go on.")

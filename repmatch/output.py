@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from repmatch.printable import printable as printable
+from repmatch.printable import shorten as shorten
 
-def printable(text: str) -> str:
-    """Make text from outside safe for a terminal: control characters are shown, not obeyed.
-
-    Args:
-        text: any text.
-
-    Returns:
-        One line without control or bidirectional-override characters.
-    """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] if c not in "\n\t" else " " for c in text)
-
-
-def shorten(text: str, width: int = 60) -> str:
-    """Cut text for a table cell.
-
-    Args:
-        text: any text.
-        width: characters shown at most.
-
-    Returns:
-        The text, with an ellipsis where it was cut.
-    """
-    return text if len(text) <= width else text[: width - 1] + "…"
+_UNSAFE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # C1, line ends, directions
 
 
 class Output:
@@ -65,8 +46,8 @@ class Output:
         self._out.write(text + "\n")
 
     def json(self, value: Any) -> None:
-        """Write one JSON object on one line of data."""
-        self.raw(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        """Write one JSON object on one line of data; what would command a terminal is escaped, the value stays."""
+        self.raw(_UNSAFE.sub(_escape, json.dumps(value, ensure_ascii=False, allow_nan=False)))
 
     def text(self, text: str) -> None:
         """Write one line of data where no JSON is asked for."""
@@ -82,6 +63,7 @@ class Output:
         """
         cells = [[_cell(value) for value in row] for row in rows]
         numbers = [all(_is_number(c) for c in column) for column in zip(*cells, strict=True)] or [False] * len(header)
+        header = [printable(name) for name in header]
         widths = [max(len(h), *(len(row[i]) for row in cells), 0) for i, h in enumerate(header)]
         for row in [list(header), *cells]:
             padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numbers, strict=True)]
@@ -99,6 +81,10 @@ class Output:
     def error(self, text: str) -> None:
         """Write an error."""
         self._say(f"error: {text}")
+
+    def say(self, text: str) -> None:
+        """Write lines for the person, hints or not."""
+        self._say(text)
 
     def _say(self, text: str) -> None:
         self.close()
@@ -147,6 +133,10 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         self._output.warn(record.getMessage())
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found.group()):04x}"
 
 
 def _cell(value: object) -> str:

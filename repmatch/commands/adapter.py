@@ -105,13 +105,13 @@ def import_(context: Context, /, path: str, name: str, dataset: str | None, wait
 @examples("repmatch adapter list --json")
 def list_(context: Context, /, as_json: bool) -> None:
     """List the adapters that the store holds, trained and imported."""
-    import json
+    from repmatch.store.records import stored_object
 
     with context.open(as_json=as_json) as store:
         rows = store.adapters().to_dicts()
     shown = []
     for row in rows:
-        record = json.loads(row["record"])
+        record = stored_object(row["record"], "the record of an adapter")
         origin = "imported" if row["space_id"] == "imported" else f"{record.get('instances')} instances"
         shown.append((row["subset"], row["id"], origin, record.get("steps"), row["bytes"], str(row["created"])[:19]))
     names = ["subset", "id", "from", "steps", "bytes", "created"]

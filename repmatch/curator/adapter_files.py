@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from repmatch.curator.card import prose
 from repmatch.curator.export import versions
 from repmatch.curator.lora import WEIGHTS, Lora, as_adapter, is_path, of_adapter, read_lora
 from repmatch.datamodels import Adapter, Space
@@ -196,21 +197,21 @@ def _card(adapter: Adapter, space: Space, labels: Sequence[str]) -> str:
     base = hub_name(space)
     shown = json.dumps(list(labels), ensure_ascii=False)
     template = (
-        "---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, repmatch]\n---\n\n# LoRA adapter of {subset}\n\n"
+        "---\nbase_model: {quoted}\nlibrary_name: peft\ntags: [lora, repmatch]\n---\n\n# LoRA adapter of {subset}\n\n"
         "Trained by repmatch on {instances} instances in {steps} steps, base and head frozen. The head is {head}; "
         "it is in this checkpoint, as is the pooler where the model has one. "
-        "Tokens kept: {length}. Labels, in the order of the logits: {labels}.\n\n```python\n"
+        "Tokens kept: {length}. Labels, in the order of the logits: {listed}.\n\n```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-        'base = "{base}"  # the checkpoint, or a folder with it\nlabels = {labels}\n'
+        "base = {quoted}  # the checkpoint, or a folder with it\nlabels = {labels}\n"
         "model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))\n"
         'model = PeftModel.from_pretrained(model, ".").eval()  # this folder\n'
         "tokenizer = AutoTokenizer.from_pretrained(base)\n```\n"
     )
     record = adapter.record
     return template.format(
-        base=base,
-        subset=adapter.subset,
+        quoted=json.dumps(base),
+        subset=prose(adapter.subset),
         instances=record.get("instances", "?"),
         steps=record.get("steps", "?"),
         head=(
@@ -220,6 +221,7 @@ def _card(adapter: Adapter, space: Space, labels: Sequence[str]) -> str:
         ),
         length=space.max_length,
         labels=shown,
+        listed=", ".join(prose(label) for label in labels),
     )
 
 

@@ -12,6 +12,7 @@ from repmatch.curator.neighbours import Neighbours, nearest_to_ids
 from repmatch.curator.report.gather import short_names
 from repmatch.errors import InputError, RepMatchError
 from repmatch.similarity import chance, score_instance
+from repmatch.store.records import stored_object
 
 if TYPE_CHECKING:
     from repmatch.datamodels import Factors, Row
@@ -204,6 +205,6 @@ def _adapters(store: Store, dataset: str, instance: str) -> tuple[str, ...]:
 def _runs(store: Store, dataset: str) -> tuple[tuple[int, str, str, str], ...]:
     found = []
     for row in store.runs().to_dicts():
-        if json.loads(row["arguments"]).get("dataset") == dataset:
+        if stored_object(row["arguments"], "the record of a run").get("dataset") == dataset:
             found.append((int(row["run"]), str(row["command"]), str(row["started"])[:19], str(row["status"])))
     return tuple(found)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from repmatch.curator.tensorfile import TensorFile
 from repmatch.datamodels import Adapter, Space
 from repmatch.errors import InputError
+from repmatch.printable import shorten
 
 Floats = NDArray[np.float32]
 
@@ -40,6 +41,10 @@ _NAMES = (
     ),
     (re.compile(r"(?P<name>.+)\.lora_(?P<side>[ab])"), "a", True),
 )
+
+MAX_ALPHA = 1e9
+_REPEATS = re.compile(r"[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{?]|\\\d|\(\?")
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,7 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); remove or repair it.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a JSON object; remove or repair it.")
@@ -298,7 +303,12 @@ def _layer(file: TensorFile, name: str, pair: _Pair, config: Mapping[str, Any], 
         )
     alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if alpha is None:
-        alpha = float(file.tensor(alphas[name]).reshape(-1)[0]) if name in alphas else rank
+        own = file.tensor(alphas[name]).reshape(-1) if name in alphas else np.array([rank], np.float32)
+        alpha = float(own[0]) if own.size else None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+        raise InputError(
+            f"{file.path}: alpha of {name!r} is {shorten(repr(alpha))}; expected a number. Repair its config."
+        )
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def load() -> tuple[Floats, Floats]:
@@ -323,7 +333,19 @@ def _flat(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
 
 def _pattern(patterns: Any, name: str, default: Any) -> Any:
     """Look a matrix up in peft's `alpha_pattern`: keys are endings of names or regular expressions."""
+    if not isinstance(patterns or {}, dict):
+        raise InputError(f"alpha_pattern of {CONFIG} is a {type(patterns).__name__}; expected an object. Repair it.")
     for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        try:
+            # Patterns come from the checkpoint: one that goes back and forth over a name without end is not tried.
+            if len(key) > 300 or len(name) > 300 or len(_REPEATS.findall(key)) > 2 or _REPEATED_GROUP.search(key):
+                raise re.error("too many repetitions")
+            found = re.fullmatch(rf"(.*\.)?({key})", name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(
+                f"alpha_pattern of {CONFIG} has the key {shorten(repr(key))}, which is no simple pattern ({error}); "
+                "expected endings of names, or regular expressions with at most two repetitions. Write them out."
+            ) from error
+        if found:
             return value
     return default

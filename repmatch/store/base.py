@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
 from repmatch.store.cache import FOLDER
-from repmatch.store.catalog import NAME, REBUILT, Catalog, read_meta
-from repmatch.store.files import sync_folder, writing_to
+from repmatch.store.catalog import NAME, REBUILT, Catalog
+from repmatch.store.files import check_plain, sync_folder, writing_to
 from repmatch.store.lock import WriterLock
+from repmatch.store.meta import read_meta
 from repmatch.store.recovery import recover
+from repmatch.store.turn import NAME as TURN
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from repmatch.datamodels import Space
 
 Mode = Literal["r", "w"]
-_OURS = ("store.lock", "staging", NAME + ".new", NAME + ".new.wal", REBUILT)
+_OURS = ("store.lock", TURN, "staging", NAME + ".new", NAME + ".new.wal", REBUILT)
 SEGMENT_BYTES = 256 << 20
 
 
@@ -51,6 +53,7 @@ class Base:
         self._mutex = threading.RLock()
         self._closed = False
         self._spaces: dict[str, Space] = {}
+        check_plain(path)
         if mode is not None or not self._catalog_is_lost():  # a lost catalog can be rebuilt by `repair`
             self._check_folder()
         if mode == "r" and not self._catalog.exists():

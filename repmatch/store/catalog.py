@@ -32,6 +32,8 @@ from repmatch.errors import (
 )
 from repmatch.store import migrations
 from repmatch.store.files import sync_folder, writing_to
+from repmatch.store.meta import check_objects, check_version, schema_of
+from repmatch.store.turn import taking_turns
 
 NAME = "catalog.duckdb"
 REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
@@ -46,6 +48,7 @@ _DAMAGE = (
 class _Gate:
     lock: Any = field(default_factory=threading.RLock)
     connection: Any = None
+    trusted: tuple[int, int] | None = None  # device and inode of the catalog whose objects were looked at
 
 
 _gates: dict[str, _Gate] = {}
@@ -123,8 +126,8 @@ class Catalog:
                 raise StoreError("user-written SQL cannot run while this thread holds a transaction open.")
             conn = gate.connection = self._connect(read_only=True)
             try:
-                check_version(conn, self.path, write=False)
-                conn.execute("SET enable_external_access = false; SET lock_configuration = true")
+                self._check(conn, write=False)
+                conn.execute("SET lock_configuration = true")
                 yield conn
             finally:
                 gate.connection = None
@@ -155,7 +158,7 @@ class Catalog:
                     raise
 
     @contextmanager
-    def _opened(self, read_only: bool) -> Iterator[Any]:
+    def _opened(self, read_only: bool, files: bool = False) -> Iterator[Any]:
         import duckdb
 
         gate = _gate(self.path)
@@ -163,15 +166,23 @@ class Catalog:
             if gate.connection is not None:
                 yield gate.connection
                 return
-            conn = gate.connection = self._connect(read_only)
+            conn = gate.connection = self._connect(read_only, files)
             try:
-                check_version(conn, self.path, write=not read_only)
+                self._check(conn, write=not read_only)
                 yield conn
             except duckdb.Error as error:
                 raise explain(error, self.path) from error
             finally:
                 gate.connection = None
                 conn.close()
+
+    def _check(self, conn: Any, write: bool) -> None:
+        """Refuse another schema and, once a process, a catalog that holds what would run by itself."""
+        check_version(conn, self.path, write=write)
+        gate, about = _gate(self.path), self.path.stat()
+        if gate.trusted != (about.st_dev, about.st_ino):
+            check_objects(conn, self.path)
+            gate.trusted = (about.st_dev, about.st_ino)
 
     @contextmanager
     def attached(self, conn: Any) -> Iterator[None]:
@@ -240,6 +251,7 @@ class Catalog:
 
         Raises:
             StoreError: the copy failed, then nothing was changed; or a step failed.
+            StoreVersionError: the schema is newer.
         """
         import duckdb
 
@@ -247,9 +259,11 @@ class Catalog:
         with gate.lock:
             conn = self._connect(read_only=False)
             try:
-                found = int(read_meta(conn)["schema"])
+                found, _ = schema_of(conn, self.path)
                 if found >= migrations.schema():
+                    check_version(conn, self.path, write=True)  # a newer one is not even put right
                     return
+                check_objects(conn, self.path)
                 conn.execute("CHECKPOINT")
             finally:
                 conn.close()
@@ -277,7 +291,7 @@ class Catalog:
             raise StoreError(f"could not back up {self.path} before migrating it: {done.stderr.strip()[-500:]}")
         return target
 
-    def _connect(self, read_only: bool) -> Any:
+    def _connect(self, read_only: bool, files: bool = False) -> Any:
         import duckdb
 
         if not self.exists():
@@ -286,13 +300,17 @@ class Catalog:
                 "or name another with --store."
             )
         spill = str(Path(tempfile.gettempdir()) / f"repmatch-{os.getpid()}")
-        conn = self._patiently(
-            lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill})
-        )
+        with taking_turns(self.path.parent, read_only) as turn:
+            conn = self._patiently(
+                lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill}),
+                None if read_only else turn.ask,
+            )
         hide_progress(conn)
+        if not files:
+            confine(conn)
         return conn
 
-    def _patiently(self, connect: Any) -> Any:
+    def _patiently(self, connect: Any, ask: Callable[[], None] | None = None) -> Any:
         import duckdb
 
         deadline, pause = time.monotonic() + self.patience, 0.005
@@ -315,6 +333,8 @@ class Catalog:
                         f"the catalog {self.path} has been held by {who} for {self.patience:g} s. "
                         "Wait until it has finished, or end that process."
                     ) from error
+                if ask is not None:
+                    ask()
                 time.sleep(pause)
                 pause = random.uniform(0.005, 0.03)  # short: a busy writer leaves the lock for moments only
 
@@ -331,6 +351,18 @@ def hide_progress(conn: Any) -> None:
         conn.execute("SET enable_progress_bar = false")
 
 
+def confine(conn: Any) -> None:
+    """Keep a connection from files, the network and extensions, whatever a view or macro in the database asks for.
+
+    Args:
+        conn: an open connection.
+    """
+    conn.execute(
+        "SET autoload_known_extensions = false; SET autoinstall_known_extensions = false; "
+        "SET enable_external_access = false"
+    )
+
+
 def first(result: Any) -> Any:
     """Return the first row of a result; the rest is fetched too, for an unfinished result blocks the connection.
 
@@ -342,52 +374,3 @@ def first(result: Any) -> Any:
     """
     rows = result.fetchall()
     return rows[0] if rows else None
-
-
-def read_meta(conn: Any) -> dict[str, str]:
-    """Read the store's facts about itself.
-
-    Args:
-        conn: an open connection.
-
-    Returns:
-        `schema`, `min_reader`, `uuid`, `created`, `created_by`.
-    """
-    return dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
-
-
-def check_version(conn: Any, path: Path, write: bool) -> None:
-    """Refuse a catalog whose schema this version does not know.
-
-    Args:
-        conn: an open connection.
-        path: the catalog, for the message.
-        write: whether it is to be written.
-
-    Raises:
-        StoreVersionError: the schema is newer, or older and not migrated yet.
-        StoreCorruptError: the database is not a catalog of ours.
-    """
-    import duckdb
-
-    from repmatch import __version__
-
-    try:
-        meta = read_meta(conn)
-        found, least = int(meta["schema"]), int(meta["min_reader"])
-    except (duckdb.CatalogException, KeyError, ValueError) as error:
-        raise StoreCorruptError(
-            f"{path} is a DuckDB database but not a catalog of repmatch (registry.meta cannot be read). Name another "
-            "folder with --store, or restore it from a backup."
-        ) from error
-    known = migrations.schema()
-    if found > known and (write or least > known):
-        raise StoreVersionError(
-            f"the store {path.parent} has schema {found}; repmatch {__version__} knows schema {known}. "
-            "Upgrade with: pip install -U repmatch"
-        )
-    if found < known:
-        raise StoreVersionError(
-            f"the store {path.parent} has schema {found}; repmatch {__version__} needs schema {known}. "
-            "Open it once for writing to bring it up to date (a backup is kept): repmatch.open(path, mode='w')"
-        )

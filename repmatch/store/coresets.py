@@ -12,7 +12,7 @@ from repmatch.errors import UnknownNameError, UsageError
 from repmatch.store.adapters import Adapters
 from repmatch.store.catalog import first
 from repmatch.store.datasets import check_name
-from repmatch.store.records import next_key
+from repmatch.store.records import next_key, stored_object
 
 if TYPE_CHECKING:
     import polars as pl
@@ -90,7 +90,7 @@ class Coresets(Adapters):
             name=name,
             dataset=found[1],
             strategy=found[2],
-            arguments=json.loads(found[3]),
+            arguments=stored_object(found[3], f"the record of coreset {name!r}"),
             ids=tuple(picks["id"]),
             gains=np.asarray(picks["gain"], np.float64),
             all_ids=tuple(others["id"]),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from repmatch.datamodels import Dataset, Space
-from repmatch.errors import UnknownNameError, UsageError
+from repmatch.errors import StoreCorruptError, UnknownNameError, UsageError
 from repmatch.store.base import Base
 from repmatch.store.catalog import first
-from repmatch.store.records import dataset_of, encodable, next_key, put_dataset, put_space
+from repmatch.store.records import dataset_of, encodable, next_key, put_dataset, put_space, space_of, stored_json
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,6 +33,9 @@ class Subset:
     dataset: str
     where: str | None = None
     ids: tuple[str, ...] | None = None
+
+
+_JSON = ("fields", "labels", "columns")
 
 
 class Datasets(Base):
@@ -65,7 +67,12 @@ class Datasets(Base):
             if not found:
                 known = [row[0] for row in conn.execute("SELECT id FROM registry.spaces").fetchall()]
                 raise UnknownNameError.of("space", space_id, known)
-        return Space.from_json(found[0])
+        space = space_of(found[0])
+        if space.id != space_id:
+            raise StoreCorruptError(
+                f"the record of space {space_id} is that of another one, {space.id}. Restore the store from a backup."
+            )
+        return space
 
     def spaces(self) -> pl.DataFrame:
         """Return every space: id, json, created."""
@@ -117,7 +124,8 @@ class Datasets(Base):
         """Return every dataset: name, rows, factors, labels, encoding, space_id, columns, created, updated."""
         return self._frame(
             "SELECT d.name, count(i.pk) AS rows, count(f.instance_pk) AS factors, "
-            "from_json(d.labels, '[\"VARCHAR\"]') AS labels, d.encoding, d.space_id, d.columns, d.created, d.updated "
+            "coalesce(try(from_json(d.labels, '[\"VARCHAR\"]')), []) AS labels, "
+            "d.encoding, d.space_id, d.columns, d.created, d.updated "
             "FROM registry.datasets d LEFT JOIN registry.instances i ON i.dataset_pk = d.pk "
             "LEFT JOIN (SELECT f.instance_pk, p.id AS space_id, s.encoding FROM registry.factors f "
             "JOIN registry.segments s ON s.pk = f.segment_pk JOIN registry.spaces p ON p.pk = s.space_pk) f "
@@ -135,7 +143,10 @@ class Datasets(Base):
             known = [row[0] for row in conn.execute("SELECT name FROM registry.datasets").fetchall()]
             raise UnknownNameError.of("dataset", name, known, "make it with: repmatch ingest FILE --dataset NAME")
         value: dict[str, Any] = {"name": name, "space_id": found[4], "encoding": found[5]}
-        value |= {key: json.loads(found[at]) for at, key in ((1, "fields"), (2, "labels"), (3, "columns"))}
+        value |= {
+            key: stored_json(found[at], f"the record of dataset {name!r}")
+            for at, key in ((1, "fields"), (2, "labels"), (3, "columns"))
+        }
         return int(found[0]), dataset_of(value)
 
     def save_subset(self, name: str, dataset: str, ids: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from repmatch.store.recovery import COMMITTED, Committed, journal_of, put_segmen
 from repmatch.store.segment import SegmentFile, SegmentHeader
 
 logger = logging.getLogger(__name__)
+_MAX_ROWS = 1 << 48
 _ATTEMPTS = 5
 
 
@@ -333,6 +334,11 @@ class FactorTables(Instances):
                 query += "(SELECT unnest(?::BIGINT[]))"
                 columns = conn.execute(query, [chosen, record.encoding, np.unique(wanted).tolist()]).fetchnumpy()
         keys, segments, rows = (np.asarray(columns[name], np.int64) for name in ("instance_pk", "segment_pk", "row"))
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < _MAX_ROWS:
+            raise StoreCorruptError(
+                f"the catalog places factors of {dataset!r} at rows {int(rows.min())} to {int(rows.max())} of a "
+                "segment, which makes no sense. Restore the store from a backup."
+            )
         if len(keys) and not bool((np.diff(keys) > 0).all()):
             order = np.argsort(keys)
             keys, segments, rows = keys[order], segments[order], rows[order]

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from repmatch.errors import StoreError
+from repmatch.errors import StoreCorruptError, StoreError
+
+FOLDERS = ("segments", "adapters", "cache", "staging")
 
 
 @contextmanager
@@ -29,6 +31,8 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StoreError):
             raise
+        if error.errno == errno.ELOOP:
+            raise _not_plain(path) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 f"the disk of {path} is full. What was committed before stays; make room and run the command again."
@@ -39,6 +43,48 @@ def writing_to(path: Path) -> Iterator[None]:
                 "or change the permissions."
             ) from error
         raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def _not_plain(path: Path) -> StoreCorruptError:
+    return StoreCorruptError(
+        f"{path} is a link or no plain file, and a store holds plain files only: what is written to it would go "
+        "elsewhere. Nothing was touched. Look where it leads, and put the file itself in its place. To keep a store on "
+        "another disk link its whole folder, or name it with --store."
+    )
+
+
+def check_plain(folder: Path) -> None:
+    """Make sure that all in a store's folder is a plain file or folder: a link would lead out of it, a pipe hang.
+
+    Args:
+        folder: the store, which may not exist; it may be a link itself.
+
+    Raises:
+        StoreCorruptError: something is a link, a pipe or a device.
+    """
+    for place in (folder, *(folder / name for name in FOLDERS)):
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+                        raise _not_plain(Path(entry.path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            raise StoreError(f"{place} cannot be read: {error.strerror}. Change the permissions.") from error
+
+
+def open_to_write(path: Path, flags: int) -> int:
+    """Open a file of a store for writing, never through a link.
+
+    Args:
+        path: the file.
+        flags: of `os.open`, besides `O_NOFOLLOW` and `O_CLOEXEC`.
+
+    Returns:
+        The descriptor.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
@@ -75,7 +121,7 @@ def write_file(path: Path, data: bytes) -> None:
         data: its content.
     """
     temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = open_to_write(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         write_at(descriptor, memoryview(data), 0)
         os.fsync(descriptor)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.errors import RepMatchError, StoreCorruptError
+from repmatch.errors import RepMatchError, StoreCorruptError, StoreVersionError
 from repmatch.store.cache import FOLDER
-from repmatch.store.catalog import explain, first, read_meta
+from repmatch.store.catalog import explain, first
+from repmatch.store.meta import read_meta
 from repmatch.store.recovery import Committed, committed_segments, journal_of
 from repmatch.store.runs import Runs
 from repmatch.store.segment import SegmentFile
@@ -156,6 +157,8 @@ class Health(Runs):
                 adapters = conn.execute("SELECT id, sha256 FROM registry.adapters ORDER BY pk").fetchall()
         except (duckdb.Error, RepMatchError) as error:
             problem = error if isinstance(error, RepMatchError) else explain(error, self._catalog.path)
+            if isinstance(problem, StoreVersionError):
+                raise problem from error  # of another version, not damaged
             remedy = "Restore the store from a backup, or rebuild what its segments hold with: repmatch repair."
             return [Finding(str(self._catalog.path), str(problem), remedy)]
         live = self._live_rows()

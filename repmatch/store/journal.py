@@ -14,14 +14,41 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from repmatch.datamodels import Row
-from repmatch.store.files import sync_folder, write_at, writing_to
+from repmatch.errors import UsageError
+from repmatch.store.files import open_to_write, sync_folder, write_at, writing_to
 
 MAGIC = b"RPMJ"
 FRAME_HEAD = 12
+MAX_FRAME = 1 << 30
+"""Bytes of a frame's JSON: a frame that unpacks to more was not written by us, and is not unpacked to the end."""
 _ROW = attrgetter(*(field.name for field in fields(Row)))
+
+
+def unpack_frame(body: bytes) -> dict[str, Any]:
+    """Return the value of a frame's body.
+
+    Args:
+        body: what follows the frame's head.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: it is no packed JSON object, or a larger one than is ever written.
+    """
+    unpacking = zlib.decompressobj()
+    try:
+        text = unpacking.decompress(body, MAX_FRAME)
+        value = json.loads(text) if unpacking.eof else None
+    except (zlib.error, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 def pack_frame(value: Mapping[str, Any]) -> bytes:
@@ -32,8 +59,16 @@ def pack_frame(value: Mapping[str, Any]) -> bytes:
 
     Returns:
         The frame's bytes.
+
+    Raises:
+        UsageError: it is larger than a frame may be.
     """
-    body = zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+    text = json.dumps(value, separators=(",", ":")).encode()
+    if len(text) > MAX_FRAME:
+        raise UsageError(
+            f"the rows of the batch take {len(text):,} bytes; at most {MAX_FRAME:,} fit. Append fewer at once."
+        )
+    body = zlib.compress(text, 1)
     return MAGIC + len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
 
 
@@ -75,12 +110,39 @@ class BatchEntry:
 
         Returns:
             The entry.
+
+        Raises:
+            ValueError: the value is not what `to_frame` packs.
         """
         values = dict(value)
-        values["rows"] = tuple(Row(*row) for row in values["rows"])
-        for name in ("losses", "tokens", "truncated"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        try:
+            values["rows"] = tuple(Row(*row) for row in values["rows"])
+            for name in ("losses", "tokens", "truncated"):
+                values[name] = tuple(values[name])
+            entry = cls(**values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a batch: {error}") from error
+        entry._check()
+        return entry
+
+    def _check(self) -> None:
+        count = len(self.rows)
+        numbers = (self.number, self.first, self.crc32)
+        texts = [text for row in self.rows for text in (*_ROW(row)[:3], *_ROW(row)[4:8])]
+        sound = (
+            count > 0
+            and all(type(n) is int and 0 <= n < 1 << 62 for n in (*numbers, *(row.line for row in self.rows)))
+            and all(type(text) is str for text in texts)
+            and all(type(row.text_pair) in (str, NoneType) for row in self.rows)
+            and len({row.id for row in self.rows}) == count
+            and {len(self.losses), len(self.tokens), len(self.truncated)} == {count}
+            and all(type(loss) in (float, int) for loss in self.losses)
+            and all(type(n) is int and abs(n) < 1 << 31 for n in self.tokens)
+            and all(type(cut) is bool for cut in self.truncated)
+            and isinstance(self.dataset, dict)
+        )
+        if not sound:
+            raise ValueError("not a batch: a value of another kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +188,7 @@ class Journal:
             The offset after it.
         """
         with writing_to(self.path):
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = open_to_write(self.path, os.O_WRONLY | os.O_CREAT)
             try:
                 write_at(descriptor, memoryview(frame), offset)
                 os.fdatasync(descriptor)
@@ -179,5 +241,9 @@ class Journal:
                 body = file.read(size)
                 if len(body) < size or zlib.crc32(body) != int.from_bytes(head[8:12], "little"):
                     return
+                try:
+                    value = unpack_frame(body)
+                except ValueError:
+                    return
                 offset += FRAME_HEAD + size
-                yield offset, json.loads(zlib.decompress(body))
+                yield offset, value

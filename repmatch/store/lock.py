@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repmatch.errors import StoreLockedError
-from repmatch.store.files import writing_to
+from repmatch.store.files import open_to_write, writing_to
 
 
 @dataclass
@@ -40,7 +40,7 @@ class WriterLock:
             StoreLockedError: another process, or another Store of this one, holds it.
         """
         with writing_to(self.path):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_to_write(self.path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + wait
         while True:
             try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from repmatch import __version__
+
 V1 = """
 CREATE SCHEMA registry;
 CREATE TABLE registry.meta (key VARCHAR NOT NULL, value VARCHAR NOT NULL);
@@ -105,7 +107,7 @@ def schema() -> int:
 
 
 def apply_step(conn: Any, step: int) -> None:
-    """Run one step in one transaction and record it.
+    """Run one step in one transaction and record it, with the version of repmatch that others need to read the result.
 
     Args:
         conn: a connection for writing, outside a transaction.
@@ -114,9 +116,10 @@ def apply_step(conn: Any, step: int) -> None:
     conn.begin()
     try:
         conn.execute(MIGRATIONS[step])
-        conn.execute("DELETE FROM registry.meta WHERE key IN ('schema', 'min_reader')")
+        conn.execute("DELETE FROM registry.meta WHERE key IN ('schema', 'min_reader', 'schema_version')")
         conn.execute(
-            "INSERT INTO registry.meta VALUES ('schema', ?), ('min_reader', ?)", [str(step + 1), str(MIN_READER)]
+            "INSERT INTO registry.meta VALUES ('schema', ?), ('min_reader', ?), ('schema_version', ?)",
+            [str(step + 1), str(MIN_READER), __version__],
         )
         conn.commit()
     except BaseException:

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from repmatch.datamodels import Dataset, Fields, Row, Space, canonical_json
-from repmatch.errors import InputError, UsageError
+from repmatch.datamodels import Dataset, Encoding, Fields, Row, Space, canonical_json
+from repmatch.errors import InputError, StoreCorruptError, UsageError
 from repmatch.store.catalog import first
 from repmatch.store.journal import BatchEntry
 
+_RESTORE = "Restore the store from a backup."
 ROW_COLUMNS = "id, json, text, text_pair, label, row_hash, task_hash, source, line"
 _TEXT_NAMES = ("id", "json", "text", "text_pair", "label", "row_hash", "task_hash", "source")
 _TEXTS = attrgetter(*_TEXT_NAMES)
@@ -43,11 +44,93 @@ def dataset_of(value: Mapping[str, Any]) -> Dataset:
 
     Returns:
         The dataset.
+
+    Raises:
+        StoreCorruptError: the values are not those of a dataset.
     """
-    fields = dict(value)
-    fields["fields"] = Fields(**fields["fields"])
-    fields["labels"] = tuple(fields["labels"])
-    return Dataset(**fields)
+    try:
+        fields = dict(value)
+        fields["fields"] = Fields(**fields["fields"])
+        fields["labels"] = tuple(fields["labels"])
+        dataset = Dataset(**fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise StoreCorruptError(f"the record of a dataset cannot be read ({error}). {_RESTORE}") from error
+    columns = dataset.columns
+    texts = [dataset.name, *dataset.labels, *asdict(dataset.fields).values()]
+    if isinstance(columns, dict):
+        texts += [*columns, *columns.values()]
+    known = dataset.encoding in get_args(Encoding) and isinstance(columns, dict)
+    if (
+        not known
+        or not isinstance(dataset.name, str)
+        or not all(text is None or isinstance(text, str) for text in texts)
+    ):
+        raise StoreCorruptError(f"the record of dataset {dataset.name!r} cannot be read. {_RESTORE}")
+    return dataset
+
+
+def stored_json(text: str, what: str) -> Any:
+    """Parse JSON that a store keeps.
+
+    Args:
+        text: the JSON.
+        what: what it is, for the message.
+
+    Returns:
+        Its value.
+
+    Raises:
+        StoreCorruptError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreCorruptError(f"{what} cannot be read ({error}). {_RESTORE}") from error
+
+
+def stored_object(text: str, what: str) -> dict[str, Any]:
+    """Parse a JSON object that a store keeps.
+
+    Args:
+        text: the JSON.
+        what: what it is, for the message.
+
+    Returns:
+        The object.
+
+    Raises:
+        StoreCorruptError: it is no JSON object.
+    """
+    value = stored_json(text, what)
+    if not isinstance(value, dict):
+        raise StoreCorruptError(f"{what} cannot be read (no object). {_RESTORE}")
+    return value
+
+
+def space_of(text: str) -> Space:
+    """Rebuild a space that a store keeps.
+
+    Args:
+        text: what `Space.to_json` returned.
+
+    Returns:
+        The space.
+
+    Raises:
+        StoreCorruptError: it is not the JSON of a space.
+    """
+    stored_object(text, "the record of a space")
+    try:
+        space = Space.from_json(text)
+        numbers = [space.rank, space.max_length, *(n for m in space.matrices for n in (m.d_out, m.d_in))]
+        sound = bool(space.matrices) and all(type(n) is int and 0 < n < 1 << 31 for n in numbers)
+        sound = sound and all(isinstance(m.name, str) for m in space.matrices) and isinstance(space.optimizer, dict)
+        sound = sound and isinstance(space.model, str) and isinstance(space.alpha, float | int) and bool(space.id)
+    except (TypeError, KeyError, ValueError) as error:
+        raise StoreCorruptError(f"the record of a space cannot be read ({error}). {_RESTORE}") from error
+    if not sound:
+        raise StoreCorruptError(f"the record of a space cannot be read (a value of another kind). {_RESTORE}")
+    return space
 
 
 def put_dataset(conn: Any, dataset: Dataset) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 from repmatch.datamodels import Space
 from repmatch.errors import StoreCorruptError
 from repmatch.store.adapter_file import parse_adapter, put_adapter
-from repmatch.store.catalog import Catalog, read_meta
+from repmatch.store.catalog import Catalog
 from repmatch.store.files import sync_folder
 from repmatch.store.journal import BatchEntry, Journal
-from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space
+from repmatch.store.meta import read_meta
+from repmatch.store.records import dataset_of, enter_batch, next_key, put_dataset, put_space, space_of
 from repmatch.store.scratch import remove_stale
 from repmatch.store.segment import HEADER_BYTES, SegmentFile
 
 logger = logging.getLogger(__name__)
+_MAX_BYTES = 1 << 48
 _FILES = (".bin", ".journal")
 
 
@@ -57,8 +60,19 @@ def committed_segments(conn: Any) -> list[Committed]:
 
     Returns:
         The segments by number.
+
+    Raises:
+        StoreCorruptError: sizes that no segment has.
     """
-    return [Committed(*row) for row in conn.execute(f"{COMMITTED} ORDER BY s.pk").fetchall()]
+    found = [Committed(*row) for row in conn.execute(f"{COMMITTED} ORDER BY s.pk").fetchall()]
+    for record in found:
+        sizes = (record.pk, record.row_bytes, record.rows, record.journal_bytes)
+        if not all(0 <= size < _MAX_BYTES for size in sizes) or 0 in (record.pk, record.row_bytes):
+            raise StoreCorruptError(
+                f"the catalog's record of segment {record.pk} makes no sense ({record.rows} rows of {record.row_bytes} "
+                "bytes). Restore the store from a backup."
+            )
+    return found
 
 
 def journal_of(segment: SegmentFile) -> Journal:
@@ -127,7 +141,11 @@ def _ahead(file: SegmentFile, record: Committed) -> list[_Found]:
     out: list[_Found] = []
     rows = record.rows
     for end, value in journal_of(file).frames(record.journal_bytes):
-        entry = BatchEntry.from_value(value)
+        try:
+            entry = BatchEntry.from_value(value)
+            dataset_of(entry.dataset)
+        except (ValueError, StoreCorruptError):
+            break
         count = len(entry.rows)
         whole = file.size() >= file.offset(rows + count)
         if entry.first != rows or not whole or file.crc32(rows, count) != entry.crc32:
@@ -149,9 +167,15 @@ def _unknown(segments: Path, known: set[int], uuid: str) -> list[tuple[SegmentFi
             continue
         file = SegmentFile(segments, header.number, header.row_bytes)
         head = next(journal_of(file).frames(), None)
-        if header.store == uuid and header.number == int(path.stem) and head is not None:
+        if header.store == uuid and header.number == int(path.stem) and head is not None and _names_space(head[1]):
             out.append((file, head[0]))
     return out
+
+
+def _names_space(head: dict[str, Any]) -> bool:
+    with suppress(StoreCorruptError):
+        return bool(space_of(head.get("space", "")))
+    return False
 
 
 def _adopt(catalog: Catalog, segments: Path, found: list[_Found], heads: dict[int, int]) -> None:
@@ -200,7 +224,7 @@ def _enter_segment(conn: Any, segments: Path, number: int, head_end: int) -> Non
     header = SegmentFile(segments, number, 1).header()
     file = SegmentFile(segments, number, header.row_bytes)
     head = next(journal_of(file).frames())[1]
-    put_segment(conn, Space.from_json(head["space"]), header.encoding, file, head_end)
+    put_segment(conn, space_of(head["space"]), header.encoding, file, head_end)
 
 
 def put_segment(conn: Any, space: Space, encoding: str, file: SegmentFile, head_end: int) -> None:

@@ -14,6 +14,7 @@ from repmatch.errors import RepMatchError, StoreCorruptError
 from repmatch.store.catalog import NAME, REBUILT, Catalog, explain, first
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.health import Finding, damaged_batches
+from repmatch.store.journal import BatchEntry
 from repmatch.store.recovery import Committed, committed_segments, journal_of, recover
 from repmatch.store.removal import Removal
 from repmatch.store.salvage import Salvage
@@ -153,7 +154,7 @@ class Repair(Removal):
             new.create((old.uuid if old is not None else None) or uuid)
             recover(new, self.path)
             if old is not None:
-                with new._opened(read_only=False) as conn:
+                with new._opened(read_only=False, files=True) as conn:
                     old.enter(conn)
         if old is not None:
             aside.append(self._aside(self._catalog.path, keep=True))
@@ -291,10 +292,14 @@ def _wholly_journalled(file: SegmentFile) -> bool:
     rows = end = 0
     for end, value in journal_of(file).frames():  # noqa: B007
         if "crc32" in value:
-            count = len(value["rows"])
-            if value["first"] != rows or file.size() < file.offset(rows + count):
+            try:
+                entry = BatchEntry.from_value(value)
+            except ValueError:
                 return False
-            if file.crc32(rows, count) != value["crc32"]:
+            count = len(entry.rows)
+            if entry.first != rows or file.size() < file.offset(rows + count):
+                return False
+            if file.crc32(rows, count) != entry.crc32:
                 return False
             rows += count
     return file.size() == file.offset(rows) and journal_of(file).size() == end

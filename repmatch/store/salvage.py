@@ -7,8 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from repmatch.errors import StoreCorruptError
 from repmatch.store import migrations
-from repmatch.store.catalog import _gate, hide_progress, read_meta
+from repmatch.store.catalog import _gate, confine, hide_progress
+from repmatch.store.meta import check_objects, read_meta
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +77,11 @@ class Salvage:
     def _connect(self) -> Any:
         import duckdb
 
-        with suppress(duckdb.Error):
+        with suppress(duckdb.Error, StoreCorruptError):
             conn = duckdb.connect(str(self.path), read_only=True)
             hide_progress(conn)
+            confine(conn)
+            check_objects(conn, self.path)
             return conn
         return None
 

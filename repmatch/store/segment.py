@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import StoreCorruptError
-from repmatch.store.files import sync_folder, write_at, writing_to
+from repmatch.store.files import open_to_write, sync_folder, write_at, writing_to
 
 HEADER_BYTES = 4096
 MAGIC = b"RPMSEG01"
@@ -65,10 +65,20 @@ class SegmentHeader:
             or zlib.crc32(body) != int.from_bytes(block[12:16], "little")
             or block[16 + size :].strip(b"\0")
         ):
-            raise StoreCorruptError(
-                f"{path} does not start with the header of a segment. Restore the file from a backup."
-            )
-        return cls(**json.loads(body))
+            raise _no_header(path)
+        try:
+            header = cls(**json.loads(body))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _no_header(path) from error
+        texts = (header.store, header.space_id, header.encoding)
+        numbers = (header.number, header.row_bytes)
+        if not all(type(text) is str for text in texts) or not all(type(n) is int and n > 0 for n in numbers):
+            raise _no_header(path)
+        return header
+
+
+def _no_header(path: Path) -> StoreCorruptError:
+    return StoreCorruptError(f"{path} does not start with the header of a segment. Restore the file from a backup.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +124,7 @@ class SegmentFile:
         """
         segment = cls(folder, header.number, header.row_bytes)
         with writing_to(segment.path):
-            descriptor = os.open(segment.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            descriptor = open_to_write(segment.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 write_at(descriptor, memoryview(header.to_bytes()), 0)
                 os.fsync(descriptor)
@@ -140,7 +150,7 @@ class SegmentFile:
             rows: (n, row_bytes) uint8, C order.
         """
         with writing_to(self.path):
-            descriptor = os.open(self.path, os.O_WRONLY)
+            descriptor = open_to_write(self.path, os.O_WRONLY)
             try:
                 write_at(descriptor, rows.data.cast("B"), self.offset(first))
                 os.fdatasync(descriptor)

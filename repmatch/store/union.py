@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from repmatch.datamodels import Dataset
-from repmatch.errors import SpaceMismatchError, UsageError, quote_list
+from repmatch.errors import SpaceMismatchError, StoreCorruptError, UsageError, quote_list
 from repmatch.store.catalog import hide_progress
 from repmatch.store.compaction import MOVE_ROWS
-from repmatch.store.records import united_columns
+from repmatch.store.records import stored_object, united_columns
 from repmatch.store.recovery import committed_segments
 from repmatch.store.repair import Repair
 
 _MEMORY = "1GB"
+_MAX_SHARDS = 1_000_000
 _CLASHES = """
 SELECT dataset, id FROM seen GROUP BY dataset, id HAVING count(DISTINCT row_hash) > 1 ORDER BY ALL LIMIT 1000
 """
@@ -261,14 +261,25 @@ def _parts_of(store: Union) -> Iterator[_Part]:
     for command, status, arguments, detail in runs.iter_rows():
         if status != "ok":
             continue
-        given, done = json.loads(arguments), json.loads(detail)
-        if command == "ingest" and "shard" in done:
-            shard = done["shard"]
-            if shard["number"]:
-                yield _Part(given["dataset"], given["input"], shard["number"], shard["of"], int(shard["window_tokens"]))
-        elif command == "merge":
-            for shard in done.get("shards", []):
-                yield _Part(**shard)
+        what = f"the record of a run of {store.path}"
+        given, done = stored_object(arguments, what), stored_object(detail, what)
+        try:
+            if command == "ingest" and "shard" in done:
+                shard = done["shard"]
+                if shard["number"]:
+                    names = given["dataset"], given["input"]
+                    yield _part(*names, shard["number"], shard["of"], int(shard["window_tokens"]))
+            elif command == "merge":
+                for shard in done.get("shards", []):
+                    yield _part(**shard)
+        except (TypeError, KeyError, ValueError) as error:
+            raise StoreCorruptError(f"{what} speaks of a shard that makes no sense ({error}).") from error
+
+
+def _part(dataset: str, input: str, number: int, of: int, tokens: int) -> _Part:  # noqa: A002 -- the record's names
+    if not all(type(n) is int for n in (number, of, tokens)) or not 0 < number <= of <= _MAX_SHARDS:
+        raise ValueError(f"shard {number}/{of}")
+    return _Part(str(dataset), str(input), number, of, tokens)
 
 
 def _missing(parts: Sequence[_Part]) -> dict[str, tuple[str, ...]]:

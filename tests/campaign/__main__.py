@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from campaign import child, company, damage, kills, limits
+from campaign import child, commands, company, damage, kills, limits
 from campaign.tally import Outcome, Tally
 
 Act = Callable[[Path, random.Random], Outcome]
@@ -34,23 +36,34 @@ SHARES = {
     "two writers": 3,
     "ten readers": 2,
     "hang": 3,
+    "command": 8,
 }
 
 
-def acts(folder: Path, seed: int) -> dict[str, Act]:
+def acts(folder: Path, seed: int, heavy: bool = True) -> dict[str, Act]:
     """Return what each kind of trial does.
 
     Args:
         folder: where sound stores are made to be struck.
         seed: of those stores.
+        heavy: whether whole commands will run, so that torch is loaded once, for all children.
     """
-    child.CONTEXT.set_forkserver_preload(list(child.LIGHT))  # children start at once, and need no files of Python's
+    child.CONTEXT.set_forkserver_preload(
+        [*child.LIGHT, *(child.HEAVY if heavy else ())]
+    )  # children start at once, and need no files of Python's
     for i in range(4):
         (folder / f"base{i}").mkdir(parents=True)
     bases = [damage.make_base(folder / f"base{i}", seed + i, logged=i % 2 == 1) for i in range(4)]
     quiet = [base for base in bases if base.logged is None]
     costs = kills.Costs(folder / "costs")
     repair_lines = costs.lines.get("repair", 200)
+
+    made: list[commands.Commands] = []
+
+    def command(place: Path, rng: random.Random) -> Outcome:
+        if not made:  # a model and six stores: only where they are needed
+            made.append(commands.Commands(folder / "commands"))
+        return commands.command(place, rng, made[0])
 
     def struck(place: Path, rng: random.Random) -> Outcome:
         return damage.damage(place, rng, bases, rng.choice(damage.TARGETS), rng.choice(damage.WAYS))
@@ -67,6 +80,7 @@ def acts(folder: Path, seed: int) -> dict[str, Act]:
         "two writers": company.two_writers,
         "ten readers": company.ten_readers,
         "hang": partial(company.hang, costs=costs, bases=quiet),
+        "command": command,
     }
 
 
@@ -80,7 +94,13 @@ def order(trials: int, only: Sequence[str], seed: int) -> list[tuple[str, int]]:
     return [(kind, seed + i) for i, kind in enumerate(every)]
 
 
-def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = None) -> Tally:
+def run(
+    trials: int,
+    seed: int,
+    only: Sequence[str] = (),
+    folder: Path | None = None,
+    stop: threading.Event | None = None,
+) -> Tally:
     """Run a campaign.
 
     Args:
@@ -88,6 +108,7 @@ def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = 
         seed: of the first trial; the others count on from it.
         only: kinds, all by default.
         folder: where to work; what went wrong stays there.
+        stop: no further trial is begun when it is set.
 
     Returns:
         The tally.
@@ -96,8 +117,10 @@ def run(trials: int, seed: int, only: Sequence[str] = (), folder: Path | None = 
     work = Path(tempfile.mkdtemp(prefix="campaign-")) if folder is None else folder
     work.mkdir(parents=True, exist_ok=True)
     work.chmod(0o755)
-    found = acts(work / "sound", 0)
+    found = acts(work / "sound", 0, heavy=not only or "command" in only)
     for at, (kind, own) in enumerate(order(trials, only, seed)):
+        if stop is not None and stop.is_set():
+            break
         place = work / f"{at:05}-{kind.replace(' ', '-')}"
         tally.trial(kind, own, place, lambda place, kind=kind, own=own: found[kind](place, random.Random(own)))  # type: ignore[misc]
         if (at + 1) % 20 == 0:
@@ -114,8 +137,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial (default 0)")
     parser.add_argument("--only", nargs="+", default=[], choices=[*SHARES], metavar="KIND", help=", ".join(SHARES))
     options = parser.parse_args()
-    tally = run(options.trials, options.seed, options.only)
-    print(f"{options.trials} trials, seed {options.seed}\n\n{tally.table()}")  # noqa: T201
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())  # the trial under way is finished, and the tally printed
+    tally = run(options.trials, options.seed, options.only, stop=stop)
+    ended = f", ended after {tally.trials} of them" if stop.is_set() else ""
+    print(f"{options.trials} trials, seed {options.seed}{ended}\n\n{tally.table()}")  # noqa: T201
     return bool(tally.wrong)
 
 

@@ -111,7 +111,7 @@ def _do(path: str, script: str, exports: str, then: Callable[[], None]) -> None:
     from repmatch.store import catalog
 
     real = catalog.Catalog._connect
-    catalog.Catalog._connect = lambda self, read_only: Connection(real(self, read_only), then)  # type: ignore
+    catalog.Catalog._connect = lambda *given, **more: Connection(real(*given, **more), then)  # type: ignore
     (step,) = load(script)
     with stores.open(Path(path)) as store:
         store.segment_bytes = SEGMENT_BYTES

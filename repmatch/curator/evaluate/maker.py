@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from repmatch.curator.evaluate.candidates import Pool, imbalance
 from repmatch.curator.evaluate.results import Trial
 from repmatch.datamodels import digest
+from repmatch.store.records import stored_object
 
 if TYPE_CHECKING:
     from repmatch.curator.curator import Curator
@@ -152,5 +152,5 @@ class Maker:
 
 
 def _value(held: Any) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(held) if isinstance(held, str) else dict(held)
+    value: dict[str, Any] = stored_object(held, "the record of a run") if isinstance(held, str) else dict(held)
     return value

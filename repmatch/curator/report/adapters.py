@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from repmatch.datamodels import Adapter, Space
 from repmatch.errors import RepMatchError
 from repmatch.similarity import matrix_scores, orthonormal
+from repmatch.store.records import stored_object
 
 if TYPE_CHECKING:
     from repmatch.store import Store
@@ -116,8 +116,9 @@ def retrainings(store: Store, names: Collection[str]) -> list[dict[str, Any]]:
     last = {}
     for row in store.runs().to_dicts():
         if row["command"] == "evaluate" and row["status"] == "ok":
-            arguments, detail = json.loads(row["arguments"]), json.loads(row["detail"])
-            last[arguments["dataset"]] = detail
+            what = "the record of an evaluation"
+            arguments, detail = stored_object(row["arguments"], what), stored_object(row["detail"], what)
+            last[str(arguments.get("dataset"))] = detail
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for dataset, detail in last.items():
         if dataset not in names:

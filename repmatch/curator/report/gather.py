@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from repmatch.curator.report.points import Points, choose_points, describe, grou
 from repmatch.datamodels import Coreset, Space
 from repmatch.errors import StoreError, UsageError
 from repmatch.similarity import chance
+from repmatch.store.records import stored_object
 
 if TYPE_CHECKING:
     from repmatch.store import Store
@@ -247,7 +247,9 @@ def _runs(store: Store) -> list[dict[str, Any]]:
     for row in store.runs().tail(50).to_dicts()[::-1]:
         seconds = None if row["ended"] is None else round((row["ended"] - row["started"]).total_seconds(), 1)
         kept = {"run": row["run"], "command": row["command"], "started": str(row["started"])[:19], "seconds": seconds}
-        found.append(kept | {"status": row["status"], "arguments": json.loads(row["arguments"])})
+        found.append(
+            kept | {"status": row["status"], "arguments": stored_object(row["arguments"], "the record of a run")}
+        )
     return found
 
 
