@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "warm gradients": {"warm_start": "640", "optimizer": "sgd"},
 }
 FL = "facility-location"
-ALL_SIZES, TWO_SIZES = (50, 100, 200, 500), (100, 500)
+ALL_SIZES, ONE_SIZE = (50, 100, 200, 500), (100,)
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,19 @@ STAGES = {
         Part("warm", (FL, f"{FL}+balance=label", f"{FL}+stratify=label"), ALL_SIZES),
         Part("warm", ("joined", "joined+stratify=label"), ALL_SIZES),
     ),
+    "contenders": (
+        Part("", ("random", "full", "embeddings"), ALL_SIZES),
+        Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
+        Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), ALL_SIZES),
+    ),
     "wide": (
-        Part("", ("embeddings-k-means", "embeddings+stratify=label", "longest"), TWO_SIZES),
-        Part("", ("loss-high", "loss-middle", "loss-low"), TWO_SIZES),
-        Part("warm", ("top", "top+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
-        Part("warm", (f"{FL}+matrices=*.value",), TWO_SIZES),
-        Part("warm 160", (FL, f"{FL}+stratify=label"), TWO_SIZES),
-        Part("warm gradients", (FL,), TWO_SIZES),
-        Part("cold", (f"{FL}+balance=label", "herding", "k-center", f"{FL}+signed"), TWO_SIZES),
+        Part("", ("random", "embeddings-k-means", "longest", "loss-high", "loss-middle", "loss-low"), ONE_SIZE),
+        Part("cold", ("herding", "herding+signed", "k-center", "k-center+signed", f"{FL}+signed"), ONE_SIZE),
+        Part("cold", (f"{FL}+represent=dev-cold",), ONE_SIZE),
+        Part("warm", ("top", "herding", "herding+signed", "k-center", "k-center+signed", f"{FL}+signed"), ONE_SIZE),
+        Part("warm", (f"{FL}+matrices=*.value", f"{FL}+represent=dev-warm"), ONE_SIZE),
+        Part("warm 160", (FL,), ONE_SIZE),
+        Part("warm gradients", (FL,), ONE_SIZE),
     ),
 }
 DATA_HELP = """\
@@ -126,20 +131,38 @@ def files_of(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path
     return write(folder / "rows.jsonl", chosen), write(folder / "held-out.jsonl", held)
 
 
+def write_dev(folder: Path, held: Sequence[str], chosen: Sequence[str], name: str) -> Path:
+    """Write 100 rows that are neither chosen from nor tested on, of every label at least one, for a small target."""
+    train, taken = Path(os.environ["REPMATCH_DATA"]) / f"{SETS[name][0]}.jsonl", {*held, *chosen}
+    free = [line for line in rows_of(train, 10**9, 2) if line not in taken]
+    random.Random(3).shuffle(free)
+    first = {json.loads(line)["label"]: line for line in reversed(free)}
+    rest = [line for line in free if line not in set(first.values())]
+    return write(folder / "dev.jsonl", [*first.values(), *rest[: 100 - len(first)]])
+
+
 def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]:
     """Yield (start, line) of one dataset."""
     folder = Path(options.stores) / name
     folder.mkdir(parents=True, exist_ok=True)
     chosen, held = files_of(name, options, folder)
-    recipe = RetrainRecipe(layers=options.layers)
+    recipe = RetrainRecipe(layers=options.layers, steps=options.steps)
     for part in (part for stage in options.stage for part in STAGES[stage]):
         start = part.start or "cold"
         settings = repmatch.Settings(max_length=options.max_length, **STARTS[start])
         dataset = f"{name}-{start.replace(' ', '-')}"
         with repmatch.open(folder / "store") as store:
             repmatch.Curator(store, settings=settings, progress=progress).ingest(chosen, dataset)
+            if any("represent=" in candidate for candidate in part.candidates):
+                small = replace(settings, warm_start=dataset if settings.warm_start else None)
+                dev = write_dev(folder, held.read_text().splitlines(), chosen.read_text().splitlines(), name)
+                repmatch.Curator(store, settings=small).ingest(dev, f"dev-{start}")
             asked = EvaluateOptions(
-                candidates=part.candidates, sizes=part.sizes, seeds=options.seeds, recipe=recipe, baselines=("random",)
+                candidates=part.candidates,
+                sizes=options.sizes or part.sizes,
+                seeds=options.seeds,
+                recipe=recipe,
+                baselines=("random",),
             )
             found = evaluate(repmatch.Curator(store, progress=progress), dataset, [str(held)], asked)
         for note in found.notes:
@@ -178,11 +201,11 @@ def table(name: str, found: Sequence[tuple[str, Line]]) -> list[str]:
 
 
 def overall(everything: dict[str, list[tuple[str, Line]]]) -> list[str]:
-    """Return the mean difference to random over sets and sizes, and how often it is clear either way."""
+    """Return the mean difference to random over cells, sets and sizes, and how often it is clear either way."""
     out = [
         "### All sets",
         "",
-        "| rows by | start | mean difference | clearly better | clearly worse | of |",
+        "| rows by | start | mean difference (95 % interval over cells) | clearly better | clearly worse | of |",
         "|---" * 6 + "|",
     ]
     groups: dict[tuple[str, str], list[Line]] = {}
@@ -197,7 +220,10 @@ def overall(everything: dict[str, list[tuple[str, Line]]]) -> list[str]:
         differences = [line.against_random for line in groups[key] if line.against_random is not None]
         better = sum(d.excludes_zero and d.mean > 0 for d in differences)
         worse = sum(d.excludes_zero and d.mean < 0 for d in differences)
-        shown = f"{100 * means[key].mean:+.1f}"
+        mean = means[key]
+        shown = f"{100 * mean.mean:+.1f}"
+        if mean.low is not None and mean.high is not None:
+            shown += f" ({100 * mean.low:+.1f} to {100 * mean.high:+.1f})"
         out.append(f"| {key[0]} | {key[1]} | {shown} | {better} | {worse} | {len(differences)} |")
     return out
 
@@ -225,8 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", nargs="+", choices=[*STAGES], default=["core"], help="which candidates")
     parser.add_argument("--rows", type=int, default=2000, help="rows to choose from (default 2000)")
     parser.add_argument("--test-rows", type=int, default=500, help="held-out rows (default 500)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="in place of the stage's own")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2, help="last layers that are adapted in retraining (default 2)")
+    parser.add_argument("--steps", type=int, default=60, help="of every retraining (default 60)")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--stores", default="choice", help="folder, kept between runs (default choice)")
     parser.add_argument("--tables", nargs="+", type=Path, metavar="FILE", help="of lines that --json wrote")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import repmatch
-from repmatch.curator.evaluate.embeddings import embedder
+from repmatch.curator.embeddings import embedder
 from repmatch.curator.suspects import oppose, suspicion
 
 

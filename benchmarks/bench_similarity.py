@@ -19,7 +19,7 @@ from pathlib import Path
 from bench_choice import DATA_HELP, progress, rows_of, write
 
 import repmatch
-from repmatch.curator.evaluate.embeddings import embedder
+from repmatch.curator.embeddings import embedder
 from repmatch.curator.study.fields import FieldStudy, study_field
 from repmatch.curator.study.seeds import SeedStudy, study_seeds
 from repmatch.curator.training import Recipe

@@ -54,6 +54,7 @@ def take(factors: Factors, rows: Sequence[int] | NDArray[np.integer[Any]] | slic
         bits=None if factors.bits is None else factors.bits[index],
         norms=factors.norms[index],
         cores=None if factors.cores is None else factors.cores[index],
+        embeddings=None if factors.embeddings is None else factors.embeddings[index],
     )
 
 

@@ -312,6 +312,7 @@ class Factors:
         norms: (n, m) float32, norm of the gradient per matrix; 0 marks a zero factor (its sign code means nothing).
         cores: (n, m, r, r) float32 or None (rank 1).
         space_id: the space they belong to.
+        embeddings: (n, d) floats, unit rows that a kernel may join with the factors; None where nobody asked for them.
     """
 
     ids: tuple[str, ...]
@@ -322,6 +323,7 @@ class Factors:
     norms: NDArray[np.float32]
     cores: NDArray[np.float32] | None
     space_id: str
+    embeddings: NDArray[np.floating[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

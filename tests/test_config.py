@@ -99,3 +99,20 @@ def test_completion_scripts(run: Run, shell: str) -> None:
     result = run("completion", shell)
     assert result.code == 0
     assert "_REPMATCH_COMPLETE" in result.out
+
+
+@pytest.mark.parametrize("name", ["REPMATCH_THREADS", "OMP_NUM_THREADS"])
+def test_torch_takes_the_threads_that_were_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from repmatch.curator.workbench import limit_threads
+
+    before = torch.get_num_threads()
+    monkeypatch.delenv("REPMATCH_THREADS", raising=False)
+    try:
+        for count in (1, 2):
+            monkeypatch.setenv(name, str(count))
+            limit_threads()
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)

@@ -164,5 +164,5 @@ def test_info(tmp_path: Path) -> None:
     assert info["datasets"][0]["labels"] == ["a", "b"]
     assert info["coresets"] == [{"name": "core", "dataset": "d", "strategy": "facility-location", "picks": 2}]
     parts = info["bytes"]
-    assert parts["total"] == sum(parts[name] for name in ("catalog", "segments", "journals", "adapters"))
+    assert parts["total"] == sum(parts[name] for name in ("catalog", "segments", "journals", "adapters", "cache"))
     assert info["bytes_per_instance"] == round(parts["total"] / 6, 1)

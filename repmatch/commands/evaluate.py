@@ -55,7 +55,8 @@ def evaluate(
       random, full, longest, embeddings, embeddings-k-means, joined, loss-high, loss-low, loss-middle
     \b
     Rules, with + between:
-      balance=FIELD, stratify=FIELD; for strategies of select also signed, matrices=PATTERN, represent=NAME
+      balance=FIELD, stratify=FIELD; for strategies of select also signed, kernel=NAME,
+      matrices=PATTERN, represent=NAME
     """  # noqa: D301 -- click reads the backspace: keep these lines apart
     from repmatch.curator.evaluate.evaluation import EvaluateOptions, recipe_of
     from repmatch.curator.evaluate.evaluation import evaluate as run

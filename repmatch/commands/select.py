@@ -75,6 +75,13 @@ class Quota(click.ParamType[tuple[str, str, int]]):
 @click.option("--apart", type=float, metavar="S", help="No two picks are more similar than this.")
 @click.option("--matrices", metavar="PATTERN", multiple=True, help="Matrices that count: '*.value'. Repeatable.")
 @click.option("--signed", is_flag=True, help="By the cosine of the weight changes: opposite instances differ.")
+@click.option(
+    "--kernel",
+    type=click.Choice(["repmatch", "embeddings", "joined"]),
+    default="repmatch",
+    show_default=True,
+    help="What is alike: what rows teach, what they are about, or both.",
+)
 @click.option("--mix", type=Pair(), multiple=True, help="A weight of --strategy mixture, such as top=0.5. Repeatable.")
 @click.option("--param", type=Pair(), multiple=True, help="A strategy's own number, such as trade=1.5. Repeatable.")
 @click.option("--name", help="Name of the coreset.  [default: made from the arguments]")
@@ -92,6 +99,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     repmatch select reviews --budget 20000 --apart 0.5
     repmatch select pool -k 200 --represent dev --given labelled
     repmatch select reviews -k 5% --strategy random --stratify label --seed 7
+    repmatch select reviews -k 100 --kernel joined
     repmatch select reviews -k 100 --engine ray
     """
 )
@@ -117,6 +125,9 @@ def select(context: Context, /, dataset: str, as_json: bool, wait: float, **give
       incremental, pruned, lazy   exact, the same picks: whole kernel kept; one pass; columns as needed
       sparse, partitioned         nearest neighbours only; in parts, for very many instances
       stochastic                  a sample of candidates a pick
+
+    Kernels: repmatch compares factors; embeddings compares mean-pooled embeddings of the same model, made when first
+    asked for and kept in the store; joined adds both, each with the same weight on average.
 
     DATASET may be a part of one, "reviews[stars > 2]". A SET is a dataset, a subset, a coreset or "DATASET[SQL]".
     Ctrl-C keeps the picks made so far.

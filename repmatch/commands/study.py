@@ -47,7 +47,7 @@ def field(context: Context, /, dataset: str, field: str, embeddings: bool, as_js
     with context.open(as_json=as_json) as store:
         embed = None
         if embeddings:
-            from repmatch.curator.evaluate.embeddings import embedder
+            from repmatch.curator.embeddings import embedder
 
             embed = embedder(context.curator(store, **given), dataset)
         found = study_field(store, dataset, field, embed)

@@ -19,7 +19,9 @@ from repmatch.datamodels import Adapter, Encoding, Row
 from repmatch.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
+    from numpy.typing import NDArray
 
     from repmatch.curator.adapter_comparison import AdapterComparison
     from repmatch.curator.adapter_files import ExportedAdapter
@@ -238,11 +240,16 @@ class Curator:
             chosen = replace(chosen, k=k)
         if chosen.name is not None:
             check_name(chosen.name)
-        return selection.select(self.store, dataset, chosen, self._scores_of, self.progress, cluster)
+        return selection.select(self.store, dataset, chosen, self._scores_of, self._embed, self.progress, cluster)
 
     def _scores_of(self, dataset: str) -> dict[str, float]:
         scores = self.score(dataset)
         return dict(zip(scores.ids, scores.scores.tolist(), strict=True))
+
+    def _embed(self, dataset: str, ids: Sequence[str]) -> NDArray[np.float32]:
+        from repmatch.curator.embeddings import embeddings
+
+        return embeddings(self, dataset, ids)
 
     def inspect(self, dataset: str, instance: str, *, k: int = 5) -> Inspection:
         """Explain one instance; see `repmatch.curator.inspection.inspect`."""

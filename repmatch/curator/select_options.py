@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from repmatch.datamodels import digest
 from repmatch.errors import UsageError
 
 Ids = str | Sequence[str]
+KernelName = Literal["repmatch", "embeddings", "joined"]
+KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 LONGEST = 100  # characters of a name that is made up
 
 
@@ -41,6 +43,8 @@ class SelectOptions:
         apart: no two picks are more similar than this.
         matrices: patterns such as "*.value" of the adapted matrices that count; empty: all.
         signed: by the cosine of ΔW, which tells opposite instances apart.
+        kernel: "repmatch"; "embeddings" of the base model; or "joined", both together, each with the same weight on
+            average. Embeddings are made when they are first asked for, and kept in the store.
         mix: strategy -> weight, for the strategy "mixture".
         parameters: numbers of the strategy's own, such as graph cut's "trade".
         seed: for strategies that draw.
@@ -67,6 +71,7 @@ class SelectOptions:
     apart: float | None = None
     matrices: Sequence[str] = ()
     signed: bool = False
+    kernel: KernelName = "repmatch"
     mix: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -158,6 +163,7 @@ class SelectArguments(TypedDict, total=False):
     apart: float | None
     matrices: Sequence[str]
     signed: bool
+    kernel: KernelName
     mix: Mapping[str, float]
     parameters: Mapping[str, float]
     seed: int

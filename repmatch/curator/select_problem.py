@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
-from repmatch.curator.select_options import Ids, SelectOptions, picks_of
+from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
-from repmatch.errors import InputError, SelectionError, UsageError
-from repmatch.selectors import Constraints, FactorKernel, Problem, SignedKernel, strategy
+from repmatch.errors import InputError, SelectionError, UnknownNameError, UsageError
+from repmatch.selectors import Constraints, FactorKernel, JoinedKernel, Problem, SignedKernel, strategy
 
 if TYPE_CHECKING:
     from repmatch.store import Store
 
+ScoresOf: TypeAlias = Callable[[str], dict[str, float]]
+Embed: TypeAlias = Callable[[str, Sequence[str]], NDArray[np.floating[Any]]]
 NEEDS_NO_SIZE = ("budget", "min_gain", "coverage", "apart")
 RECTANGULAR = ("facility-location", "saturated-coverage", "k-medoids")  # work on what others represent
 
@@ -42,7 +45,7 @@ class Posed:
     elsewhere: bool
 
 
-def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[[str], dict[str, float]]) -> Posed:
+def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf, embed: Embed) -> Posed:
     """Turn what the user asks into a problem.
 
     Args:
@@ -50,6 +53,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         source: the dataset's name, or a part of one: DATASET[SQL], a subset, a coreset.
         options: what is asked.
         scores_of: gives id -> score of a dataset against its own adapter, for strategies that need it.
+        embed: gives (n, d) unit rows for a dataset and n ids of it, for kernels that need them.
 
     Returns:
         The problem.
@@ -69,15 +73,16 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         raise UsageError(f"{source} has no instances to select from.")
     if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
         raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
-    kernel = SignedKernel if options.signed else FactorKernel
-    chosen = _matrices(factors, options.matrices)
+    kernel = _kernel_of(options)
+    sets = _Sets(store, options, embed)
+    chosen = sets.ready(dataset, factors)
     rules = _constraints(store, dataset, options, factors.ids)
     scores = None
     if "scores" in entry.needs or "top" in options.mix:
         by_id = scores_of(dataset)
         scores = np.array([by_id[i] for i in factors.ids])
-    target = None if options.represent is None else _named(store, options.represent, options, "represent")
-    candidates, rules = _with_given(store, dataset, options, chosen, rules)
+    target = None if options.represent is None else sets.named(options.represent, "represent")
+    candidates, rules = _with_given(sets, dataset, chosen, rules)
     foreign = len(candidates) - n
     if foreign and target is None:
         target = chosen
@@ -87,10 +92,11 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         raise SelectionError(
             f"{options.strategy} compares the dataset with itself: use {', '.join(RECTANGULAR)} to represent other sets"
         )
+    whole = kernel(candidates, represented=target)
     problem = Problem(
         n=len(candidates),
         k=_size(options, n, rules),
-        kernel=kernel(candidates, represented=target),
+        kernel=whole,
         scores=None if scores is None else np.concatenate((scores, np.zeros(foreign))),
         constraints=rules,
         seed=options.seed,
@@ -99,7 +105,21 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: Callable[
         mix=options.mix,
     )
     entry.check(problem)
-    return Posed(dataset, problem, factors.ids, kernel(chosen), target is not None)
+    return Posed(dataset, problem, factors.ids, whole.like(chosen, None), target is not None)
+
+
+def _kernel_of(options: SelectOptions) -> Callable[..., FactorKernel]:
+    if options.kernel not in KERNELS:
+        raise UnknownNameError.of("kernel", options.kernel, KERNELS)
+    if options.kernel == "repmatch":
+        return SignedKernel if options.signed else FactorKernel
+    if options.signed:
+        raise UsageError(f"--signed goes with --kernel repmatch, not with {options.kernel}.")
+    if options.kernel == "joined":
+        return JoinedKernel
+    if options.matrices:
+        raise UsageError("--matrices choose among factors, and --kernel embeddings reads none.")
+    return partial(JoinedKernel, weights=(0.0, 1.0))
 
 
 def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
@@ -137,26 +157,38 @@ def _places(ids: Sequence[str], known: dict[str, int], option: str) -> list[int]
     return [known[i] for i in dict.fromkeys(ids)]
 
 
-def _named(store: Store, name: str, options: SelectOptions, option: str) -> Factors:
-    """Return the factors of a named set."""
-    subset = store.resolve(name)
-    ids = store.members(subset).ids
-    if not ids:
-        raise UsageError(f"--{option} {name} has no instances.")
-    return _matrices(store.factors(subset.dataset, ids=ids), options.matrices)
+@dataclass(frozen=True)
+class _Sets:
+    """Sets of instances, with all that the kernel reads of them."""
+
+    store: Store
+    options: SelectOptions
+    embed: Embed
+
+    def ready(self, dataset: str, factors: Factors) -> Factors:
+        chosen = _matrices(factors, self.options.matrices)
+        if self.options.kernel == "repmatch":
+            return chosen
+        return replace(chosen, embeddings=self.embed(dataset, chosen.ids))
+
+    def named(self, name: str, option: str) -> Factors:
+        subset = self.store.resolve(name)
+        ids = self.store.members(subset).ids
+        if not ids:
+            raise UsageError(f"--{option} {name} has no instances.")
+        return self.ready(subset.dataset, self.store.factors(subset.dataset, ids=ids))
 
 
-def _with_given(
-    store: Store, dataset: str, options: SelectOptions, factors: Factors, rules: Constraints
-) -> tuple[Factors, Constraints]:
+def _with_given(sets: _Sets, dataset: str, factors: Factors, rules: Constraints) -> tuple[Factors, Constraints]:
     """Add what is given to the rules; instances of another dataset become candidates that can't be picked."""
+    store, options = sets.store, sets.options
     known = {name: i for i, name in enumerate(factors.ids)}
     if not options.given:
         return factors, rules
     if not isinstance(options.given, str) or store.resolve(options.given).dataset == dataset:
         places = _places(_ids(store, dataset, options.given, "given"), known, "given")
         return factors, replace(rules, given=places)
-    others = _named(store, options.given, options, "given")
+    others = sets.named(options.given, "given")
     n, total = len(factors), len(factors) + len(others)
     pad = len(others)
     rules = replace(
@@ -193,6 +225,7 @@ def _joined(a: Factors, b: Factors) -> Factors:
         bits=both(a.bits, b.bits),
         norms=both(a.norms, b.norms),
         cores=both(a.cores, b.cores),
+        embeddings=both(a.embeddings, b.embeddings),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from repmatch import __version__
 from repmatch.curator.export import write_export
 from repmatch.curator.ingest import Progress
 from repmatch.curator.select_options import SelectArguments, SelectOptions, picks_of
-from repmatch.curator.select_problem import Posed, pose
+from repmatch.curator.select_problem import Embed, Posed, ScoresOf, pose
 from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Coreset
 from repmatch.errors import UsageError
@@ -107,7 +106,8 @@ def select(
     store: Store,
     dataset: str,
     options: SelectOptions,
-    scores_of: Callable[[str], dict[str, float]],
+    scores_of: ScoresOf,
+    embed: Embed,
     progress: Progress | None = None,
     cluster: ClusterOptions | None = None,
 ) -> Selected:
@@ -120,6 +120,7 @@ def select(
         dataset: the dataset's name, or a part of one: DATASET[SQL], a subset, a coreset.
         options: size, strategy, rules.
         scores_of: gives id -> score of a dataset against its own adapter, for strategies that need it.
+        embed: gives (n, d) unit rows for a dataset and n ids of it, for kernels that need them.
         progress: called with (stage, done, total).
         cluster: where the first of two rounds is done; None: one machine, one round.
 
@@ -136,7 +137,7 @@ def select(
     may_replace = options.replace or options.name is None
     if store.is_coreset(name) and not may_replace:
         raise UsageError(f"there is a coreset {name!r} already; choose another --name, or give --replace.")
-    posed = pose(store, dataset, options, scores_of)
+    posed = pose(store, dataset, options, scores_of, embed)
     problem = posed.problem
     if progress is not None:
         tell = progress

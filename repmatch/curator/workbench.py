@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from repmatch.compiled import thread_count
 from repmatch.curator import base_models, classification, targets
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import FactorEngine
@@ -298,10 +298,8 @@ def _reader_print(model: base_models.BaseModel, task: str) -> str:
 
 
 def limit_threads() -> None:
-    """Let torch use the cores this process may run on, and no more."""
-    torch.set_num_threads(
-        max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    )
+    """Let torch use the threads that were asked for, or the cores this process may run on, and no more."""
+    torch.set_num_threads(thread_count())
 
 
 def default_batch_tokens(device: str) -> int:

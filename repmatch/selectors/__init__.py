@@ -6,6 +6,7 @@ from repmatch.selectors.constraints import Constraints, share
 from repmatch.selectors.estimators import Selector
 from repmatch.selectors.facility import facility_location
 from repmatch.selectors.greedy import Objective
+from repmatch.selectors.joined import JoinedKernel
 from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
 from repmatch.selectors.large import partitioned
 from repmatch.selectors.medoids import k_medoids
@@ -44,6 +45,7 @@ __all__ = [
     "FactorKernel",
     "FeatureCoverage",
     "GraphCut",
+    "JoinedKernel",
     "Kernel",
     "LogDeterminant",
     "MeanMatch",

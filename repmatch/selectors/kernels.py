@@ -219,16 +219,24 @@ class FactorKernel:
 
     def rows(self, indices: NDArray[np.int64]) -> Kernel:
         """Return the kernel of some represented instances only."""
-        return type(self)(self.factors, represented=take(self.represented, indices), memory_limit=self.memory_limit)
+        return self.like(self.factors, take(self.represented, indices))
+
+    def like(self, factors: Factors, represented: Factors | None) -> FactorKernel:
+        """Return the same kernel of other instances.
+
+        Args:
+            factors: the candidates.
+            represented: what they should stand for; None: each other.
+        """
+        return type(self)(factors, represented=represented, memory_limit=self.memory_limit)
 
     def candidates(self) -> FactorKernel:
         """Return the kernel of the candidates with each other."""
-        return type(self)(self.factors, memory_limit=self.memory_limit)
+        return self.like(self.factors, None)
 
     def part(self, columns: NDArray[np.int64], rows: NDArray[np.int64] | None) -> FactorKernel:
         """Return the kernel of some candidates, with some represented instances or each other."""
-        others = None if rows is None else take(self.represented, rows)
-        return type(self)(take(self.factors, columns), represented=others, memory_limit=self.memory_limit)
+        return self.like(take(self.factors, columns), None if rows is None else take(self.represented, rows))
 
     def diagonal(self) -> NDArray[np.float64]:
         """Return (n,): the similarity of each instance with itself; below 1 where a matrix's factor is zero."""
@@ -278,7 +286,7 @@ def as_kernel(
     if isinstance(represented, Factors):
         if not isinstance(whole, FactorKernel):
             raise SelectionError("represented factors need a kernel of factors: pass Factors or FactorKernel as kernel")
-        return type(whole)(whole.factors, represented=represented, memory_limit=whole.memory_limit)
+        return whole.like(whole.factors, represented)
     array = np.asarray(represented)
     if array.ndim == 1:
         if array.dtype == np.bool_:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from repmatch.store.cache import FOLDER
 from repmatch.store.catalog import NAME, REBUILT, Catalog
 from repmatch.store.files import check_plain, sync_folder, writing_to
 from repmatch.store.lock import WriterLock
@@ -122,7 +123,7 @@ class Base:
         names = sorted(entry.name for entry in self.path.iterdir())
         if self._catalog_is_lost():
             raise self._missing()
-        strange = [name for name in names if name not in (*_OURS, "segments", "adapters")]
+        strange = [name for name in names if name not in (*_OURS, "segments", "adapters", FOLDER)]
         if strange:
             raise StoreError(
                 f"{self.path} is not empty and is no store of repmatch (it holds {strange[0]!r}); nothing in it was "

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from repmatch.datamodels import Dataset, Encoding, Row, Space
 from repmatch.errors import StoreCorruptError
+from repmatch.store.cache import forget_others
 from repmatch.store.catalog import first
 from repmatch.store.factors import RawBatch
 from repmatch.store.health import Health, damaged_batches, folder_bytes
@@ -69,6 +70,7 @@ class Compaction(Health):
             moved = self._move(victims)
             self._drop(victims)
             self._catalog.checkpoint()
+            forget_others(self.path, self.datasets()["name"].to_list())
             return Compacted(moved, len(victims), before, folder_bytes(self.path))
 
     def _must_be_sound(self, record: Committed) -> None:

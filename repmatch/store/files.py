@@ -10,7 +10,7 @@ from pathlib import Path
 
 from repmatch.errors import StoreCorruptError, StoreError
 
-FOLDERS = ("segments", "adapters", "staging")
+FOLDERS = ("segments", "adapters", "staging", "cache")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import RepMatchError, StoreCorruptError, StoreVersionError
+from repmatch.store.cache import FOLDER
 from repmatch.store.catalog import explain, first
 from repmatch.store.meta import read_meta
 from repmatch.store.recovery import Committed, committed_segments, journal_of
@@ -115,6 +116,7 @@ class Health(Runs):
             "segments": _bytes(self.path / "segments", "*.bin"),
             "journals": _bytes(self.path / "segments", "*.journal"),
             "adapters": _bytes(self.path / "adapters", "*"),
+            "cache": _bytes(self.path / FOLDER, "*"),
         }
         total = sum(size.values())
         datasets = self.datasets().drop("created", "updated").to_dicts()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from repmatch.datamodels import Row
 from repmatch.errors import UnknownNameError, UsageError
+from repmatch.store.catalog import first
 from repmatch.store.datasets import Datasets
 from repmatch.store.filters import check_expression, column_sql, rows_view, visible_columns
 from repmatch.store.records import ROW_COLUMNS, encodable
@@ -38,6 +39,26 @@ class Instances(Datasets):
         """
         keys = self._filtered(dataset, where)
         return [row[0] for rows in self._chunks(keys, "i.id", 65536) for row in rows]
+
+    def fingerprint(self, dataset: str) -> str:
+        """Return a digest of a dataset's instances, their order, and the fields that the task reads of each.
+
+        Args:
+            dataset: its name.
+
+        Returns:
+            Text that changes whenever one of these does.
+        """
+        with self._reading() as conn:
+            pk, _ = self._dataset(conn, dataset)
+            count, mixed = first(
+                conn.execute(
+                    "SELECT count(*), bit_xor(md5_number(concat(pk, ':', task_hash)))::VARCHAR FROM registry.instances "
+                    "WHERE dataset_pk = ?",
+                    [pk],
+                )
+            )
+        return f"{count}:{mixed}"
 
     def column(self, dataset: str, name: str) -> list[str | None]:
         """Return the values of one column as text.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import UsageError, quote_list
+from repmatch.store.cache import forget_others
 from repmatch.store.catalog import first
 from repmatch.store.compaction import Compaction
 from repmatch.store.records import SPENT_INSTANCES, next_key
@@ -96,6 +97,7 @@ class Removal(Compaction):
                 conn.execute("DELETE FROM registry.quarantine WHERE dataset = ?", [dataset])
                 conn.execute("DELETE FROM registry.datasets WHERE pk = ?", [pk])
             self._catalog.checkpoint()
+            forget_others(self.path, self.datasets()["name"].to_list())
         return Deleted(len(keys), names)
 
     def _delete(self, conn: Any, keys: NDArray[np.int64], coresets: bool) -> tuple[str, ...]:

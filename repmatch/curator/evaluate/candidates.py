@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.curator.select_options import KernelName
 from repmatch.errors import SelectionError, UnknownNameError, UsageError
-from repmatch.selectors import Constraints, facility_location, random, strategies, top
-from repmatch.similarity import mean_scores
+from repmatch.selectors import Constraints, JoinedKernel, facility_location, random, strategies, top
 
 if TYPE_CHECKING:
     from repmatch.curator.curator import Curator
@@ -25,17 +25,19 @@ BASELINES = {
     "longest": "the rows with most tokens",
     "embeddings": "facility location on mean-pooled embeddings of the same model",
     "embeddings-k-means": "of every k-means cluster of these embeddings the row nearest to its centre",
-    "joined": "facility location on the sum of the RepMatch kernel and that of the embeddings, each over its mean",
+    "joined": "facility location on the RepMatch kernel and that of the embeddings together (--kernel joined)",
     "loss-high": "the rows with the highest loss at the start",
     "loss-low": "the rows with the lowest loss at the start",
     "loss-middle": "the rows whose loss is nearest to the median",
 }
 ALWAYS = ("random", "full", "longest", "embeddings")
 MOST_EMBEDDED = 30_000  # rows whose n × n similarities are held, 3.6 GB
-_RULE = re.compile(r"(balance|stratify|matrices|represent)=(.+)")
+_RULE = re.compile(r"(balance|stratify|kernel|matrices|represent)=(.+)")
 _NO_RULES = {"full": "the full dataset takes", "embeddings-k-means": "picks of clusters take"}
-_ONLY_STRATEGIES = "signed, matrices=PATTERN and represent=NAME"
-GRAMMAR = "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, matrices=PATTERN, represent=NAME"
+_ONLY_STRATEGIES = "signed, kernel=NAME, matrices=PATTERN and represent=NAME"
+GRAMMAR = (
+    "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, kernel=NAME, matrices=PATTERN, represent=NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Candidate:
         balance: column of which every value gets the same number of picks.
         stratify: column whose proportions are kept.
         signed: by the cosine of ΔW.
+        kernel: what is alike, as `SelectOptions` names it; None: the usual.
         matrices: pattern of the matrices that count.
         represent: the set that the picks should stand for.
     """
@@ -59,6 +62,7 @@ class Candidate:
     balance: str | None = None
     stratify: str | None = None
     signed: bool = False
+    kernel: KernelName | None = None
     matrices: str | None = None
     represent: str | None = None
 
@@ -77,8 +81,8 @@ def parse(text: str) -> Candidate:
     """Read a candidate.
 
     Args:
-        text: "NAME", or "NAME+RULE+..." with the rules balance=FIELD, stratify=FIELD, signed, matrices=PATTERN and
-            represent=NAME; the last three go with strategies only.
+        text: "NAME", or "NAME+RULE+..." with the rules balance=FIELD, stratify=FIELD, signed, kernel=NAME,
+            matrices=PATTERN and represent=NAME; the last four go with strategies only.
 
     Returns:
         The candidate.
@@ -181,6 +185,7 @@ class Pool:
             balance=candidate.balance,
             stratify=candidate.stratify,
             signed=candidate.signed,
+            kernel=candidate.kernel or "repmatch",
             matrices=() if candidate.matrices is None else (candidate.matrices,),
             represent=candidate.represent,
         )
@@ -210,12 +215,9 @@ class Pool:
         return kernel
 
     @cached_property
-    def _joined_kernel(self) -> NDArray[np.float32]:
-        other = self._embedding_kernel
+    def _joined_kernel(self) -> JoinedKernel:
         factors = self.curator.store.factors(self.dataset, ids=self.ids)
-        one = mean_scores(factors, factors)
-        kernel: NDArray[np.float32] = (one / one.mean() + other / other.mean()).astype(np.float32)
-        return kernel
+        return JoinedKernel(replace(factors, embeddings=self._embedded))
 
 
 def nearest_to_centres(rows: NDArray[np.float32], k: int, seed: int = 0) -> NDArray[np.int64]:

@@ -187,7 +187,7 @@ def read_test(curator: Curator, dataset: str, sources: Sequence[str], near: floa
 
 
 def _pool(curator: Curator, dataset: str) -> tuple[Pool, Workbench]:
-    from repmatch.curator.evaluate.embeddings import embedder
+    from repmatch.curator.embeddings import embedder
     from repmatch.curator.workbench import Workbench
 
     store = curator.store
