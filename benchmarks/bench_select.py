@@ -30,6 +30,7 @@ from typing import Any
 import machine
 import numpy as np
 import select_contestants as contest
+import select_plot as plot
 
 HERE = Path(__file__).parent
 ONE_THREAD = {
@@ -40,7 +41,6 @@ ONE_THREAD = {
     )
 }
 OBJECTIVES = ("facility-location", "graph-cut", "saturated-coverage", "dpp", "feature-coverage")
-EXACT = ("incremental", "pruned", "lazy")
 
 
 def values(objective: str, folder: Path, picks: list[int]) -> float:
@@ -165,7 +165,7 @@ def show(results: list[dict[str, Any]]) -> None:
     for result in results:
         if result["name"] == "random":
             continue
-        part = share(result, results)
+        part = plot.share(result, results)
         busy = "" if result["others"] is None else f"  (others used {result['others']} cores)"
         print(
             f"n {result['n']:>9,}  k {result['k']:>6,}  clusters {result['clusters']:>4}  {result['algorithm']:12}"
@@ -173,59 +173,6 @@ def show(results: list[dict[str, Any]]) -> None:
             f"  share {'     ?' if part is None else f'{part:6.4f}'}{busy}",
             flush=True,
         )
-
-
-def share(result: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
-    """Return the share of the margin between chance and exact that a result recovers; None without both."""
-
-    def value(names: Sequence[str]) -> float | None:
-        same = [r for r in results if all(r[key] == result[key] for key in ("n", "k", "clusters"))]
-        return next((r["value"] for r in same if r["name"] in names), None)
-
-    exact, chance = value(EXACT), value(("random",))
-    return None if exact is None or chance is None else (result["value"] - chance) / (exact - chance)
-
-
-def plot(source: Path, target: Path) -> None:
-    """Draw time, memory and share of the margin over n from saved results."""
-    results = [json.loads(line) for line in source.read_text().splitlines()]
-    panels = {
-        "seconds of processor time": lambda r: r["cpu"],
-        "peak memory, GiB": lambda r: r["peak"] / 2**30,
-        "share of the margin": lambda r: share(r, results),
-    }
-    colours = {"incremental": "#4c72b0", "pruned": "#55a868", "partitioned": "#c44e52", "sparse": "#8172b2"}
-    parts, width, height = [], 250, 190
-    for p, (title, measure) in enumerate(panels.items()):
-        left, top = 60 + p * (width + 75), 40
-        drawn = [(r["n"], measure(r), r["algorithm"]) for r in results if r["name"] != "random"]
-        points = [(n, y, a) for n, y, a in drawn if y is not None]
-        most = max((y for _, y, _ in points), default=1.0) * 1.05
-        low, high = np.log10(min(n for n, _, _ in points)) - 0.1, np.log10(max(n for n, _, _ in points)) + 0.1
-        parts.append(f'<text x="{left}" y="{top - 14}" font-weight="bold">{title}</text>')
-        parts.append(f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#555"/>')
-        for step in range(5):
-            y, number = top + height - step * height / 4, most * step / 4
-            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{number:.3g}</text>')
-        for n in sorted({n for n, _, _ in points}):
-            x = left + (np.log10(n) - low) / (high - low) * width
-            parts.append(f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle">{n // 1000}k</text>')
-        for algorithm, colour in colours.items():
-            line = sorted((n, y) for n, y, a in points if a == algorithm)
-            spots = [
-                (left + (np.log10(n) - low) / (high - low) * width, top + height - y / most * height) for n, y in line
-            ]
-            if spots:
-                joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-                parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}"/>')
-                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in spots]
-    for i, (algorithm, colour) in enumerate(colours.items()):
-        if any(r.get("algorithm") == algorithm for r in results):
-            parts.append(f'<circle cx="{70 + i * 130}" cy="{285}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{80 + i * 130}" y="{289}">{algorithm}</text>')
-    size = f'width="{60 + 3 * (width + 75)}" height="300"'
-    style = 'font-family="sans-serif" font-size="12"'
-    target.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
 def main() -> None:
@@ -244,7 +191,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "SVG"), help="draw saved results")
     given = parser.parse_args()
     if given.plot:
-        plot(*given.plot)
+        source, target = given.plot
+        target.write_text(plot.draw([json.loads(line) for line in source.read_text().splitlines()]))
         return
     print(machine.describe())
     for n in given.codes or ():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import Run, toy_rows, write_rows
 from oracle_selectors import coverage
+from oracle_similarity import make_factors
 
 import repmatch
 from repmatch.cli import cli
@@ -184,7 +185,7 @@ def test_an_interrupted_selection_is_kept(run: Run, toy_store: Path, monkeypatch
     whole = [row["id"] for row in run("--store", toy_store, "select", "toy", "-k", 20, "--json").objects]
 
     def stop(self: Output, stage: str, done: int, total: int | None) -> None:
-        if done == 7:
+        if done == 7 and stage == "selecting from toy":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Output, "progress", stop)
@@ -196,6 +197,52 @@ def test_an_interrupted_selection_is_kept(run: Run, toy_store: Path, monkeypatch
         kept = store.coreset("part")
     assert list(kept.ids) == whole[:7]
     assert kept.arguments["complete"] is False
+
+
+@pytest.mark.parametrize("algorithm", ["incremental", "pruned", "sparse"])
+def test_an_interruption_while_instances_are_compared(
+    run: Run, toy_store: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    command = ("--store", toy_store, "select", "toy", "-k", 20, "--algorithm", algorithm, "--name", "core")
+    seen: list[tuple[str, int, int | None]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Output, "progress", lambda self, *told: seen.append(told))
+        assert run(*command).code == 0
+    assert ("comparing toy", 60, 60) in seen
+    assert ("selecting from toy", 20, 20) in seen
+
+    def stop(self: Output, stage: str, done: int, total: int | None) -> None:
+        if stage == "comparing toy":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "progress", stop)
+    early = run(*command, "--replace", "--exclude", "core")
+    monkeypatch.undo()
+    if algorithm == "pruned":  # its picks before the pass over all pairs are kept
+        assert "interrupted after 8 of 20 picks" in early.err
+    else:
+        assert "core" in run("--store", toy_store, "info").out
+    assert early.code == 130
+    assert run("--store", toy_store, "verify").code == 0
+    assert run(*command, "--replace").code == 0
+
+
+def test_a_kernel_of_many_blocks_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FactorKernel(make_factors(2500, (64,), 1, "sign"))
+    seen: list[tuple[str, int, int]] = []
+    kernel.progress = lambda *told: seen.append(told)
+    kernel.dense()
+    assert seen == [("comparing", 1024, 2500), ("comparing", 2048, 2500), ("comparing", 2500, 2500)]
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    broken = FactorKernel(kernel.factors)
+    broken.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        broken.dense()
+    broken.progress = None  # nothing half made was kept
+    assert np.array_equal(broken.dense(), kernel.dense())  # type: ignore[arg-type]
 
 
 WRONG = [

@@ -7,20 +7,23 @@ import sys
 
 import numpy as np
 import pytest
-from oracle_selectors import greedy, squared_cosines
+from oracle_selectors import Scipy, greedy, squared_cosines
 
 from repmatch.errors import SelectionError
-from repmatch.selectors import Constraints, facility_location
+from repmatch.selectors import Constraints, facility_location, random
 from repmatch.selectors.estimators import (
     BaseGraphSelection,
     BaseSelection,
+    CustomGraphSelection,
     CustomSelection,
     FacilityLocationSelection,
     FeatureBasedSelection,
     GraphCutSelection,
+    MaxCoverageSelection,
     MixtureSelection,
     SaturatedCoverageSelection,
     Selector,
+    SumRedundancySelection,
     similarities,
 )
 
@@ -98,8 +101,13 @@ def test_budgets_initial_subsets_and_optimizers() -> None:
     assert parts.selection_.algorithm == "partitioned"
     near = FacilityLocationSelection(5, "precomputed", n_neighbors=40).fit(kernel)
     assert near.ranking.tolist() == exact
-    with pytest.raises(SelectionError, match="facility location only"):
-        GraphCutSelection(5, "precomputed", optimizer="greedi").fit(kernel)
+    whole = GraphCutSelection(5, "precomputed").fit(kernel).ranking.tolist()  # what apricot saves time by is exact here
+    for optimizer in ("greedi", "modular", "bidirectional", "approximate-lazy", "sieve"):
+        shortcut = GraphCutSelection(5, "precomputed", optimizer=optimizer)  # type: ignore[arg-type]
+        assert shortcut.fit(kernel).ranking.tolist() == whole
+    for make in (FacilityLocationSelection, GraphCutSelection):
+        chance = make(5, "precomputed", optimizer="random", random_state=3).fit(kernel)
+        assert chance.ranking.tolist() == random(40, 5, 3).indices.tolist()
     with pytest.raises(SelectionError, match="no optimizer 'magic'"):
         GraphCutSelection(5, "precomputed", optimizer="magic").fit(kernel)  # type: ignore[arg-type]
     with pytest.raises(SelectionError, match="no metric 'magic'"):
@@ -108,6 +116,38 @@ def test_budgets_initial_subsets_and_optimizers() -> None:
         FacilityLocationSelection(41).fit(X)
     with pytest.raises(SelectionError, match="can't be compared"):
         FacilityLocationSelection(4).fit(np.full((5, 2), np.nan))
+
+
+def test_arguments_of_apricots_that_change_nothing() -> None:
+    unused = {"optimizer_kwds": {}, "reservoir": None, "max_reservoir_size": 9, "n_jobs": 4, "verbose": True}
+    some = FacilityLocationSelection(5, "cosine", **unused).fit(X, None, np.ones(40))
+    assert some.ranking.tolist() == FacilityLocationSelection(5, "cosine").fit(X).ranking.tolist()
+    with pytest.raises(TypeError, match="no argument 'n_job'"):
+        FacilityLocationSelection(5, n_job=4)
+
+
+def test_coverage_redundancy_and_functions_of_similarities() -> None:
+    kernel = literal("cosine")
+    most = MaxCoverageSelection(5, 1.5).fit(X).ranking.tolist()
+    assert most == greedy(lambda s: np.minimum(X[s].sum(axis=0), 1.5).sum(), 40, 5)
+    products = X @ X.T  # a diagonal without ties
+    unlike = SumRedundancySelection(5, "precomputed").fit(products).ranking.tolist()
+    assert unlike == greedy(lambda s: -products[np.ix_(s, s)].sum(), 40, 5)
+    own = CustomGraphSelection(4, lambda rows, power: float((rows**power).max(axis=0).sum()), metric="cosine")
+    own.set_params(function_kwds={"power": 2})
+    assert own.fit(X).ranking.tolist() == greedy(lambda s: (kernel[s] ** 2).max(axis=0).sum(), 40, 4)
+    for concave, value in (("sigmoid", lambda x: x / (1 + x)), (np.cbrt, np.cbrt)):
+        found = FeatureBasedSelection(5, concave).fit(X).ranking.tolist()  # type: ignore[arg-type]
+        assert found == greedy(lambda s, value=value: value(X[s].sum(axis=0)).sum(), 40, 5)  # type: ignore[misc]
+
+
+def test_sparse_rows() -> None:
+    rows = np.where(X > 1, X, 0.0)
+    for concave in ("sqrt", "log", "sigmoid"):
+        exact = FeatureBasedSelection(5, concave).fit(rows).ranking.tolist()  # type: ignore[arg-type]
+        assert FeatureBasedSelection(5, concave).fit(Scipy(rows)).ranking.tolist() == exact  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="'precomputed' takes it, not 'cosine'"):
+        FacilityLocationSelection(5, "cosine").fit(Scipy(rows))
 
 
 def test_parameters_are_scikit_learns() -> None:

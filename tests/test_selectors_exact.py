@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
-from oracle_selectors import coverage, facility_greedy, greedy, squared_cosines
+from oracle_selectors import Scipy, coverage, facility_greedy, greedy, squared_cosines
 from oracle_similarity import make_factors
 
 from repmatch.datamodels import Factors
@@ -22,6 +22,7 @@ from repmatch.selectors import (
     DenseKernel,
     FactorKernel,
     FeatureCoverage,
+    Features,
     GraphCut,
     LogDeterminant,
     MeanMatch,
@@ -139,24 +140,6 @@ def test_a_pruned_factor_kernel_equals_the_whole(monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(pruned.similarity, whole.similarity)
 
 
-class Scipy:
-    """What a sparse matrix of scipy's looks like, for a test without scipy."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        rows, self.indices = np.nonzero(array)
-        self.data, self.shape, self.dtype = array[rows, self.indices], array.shape, array.dtype
-        self.indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(array)))))
-
-    def tocsr(self) -> Scipy:
-        return self
-
-    def copy(self) -> Scipy:
-        return self
-
-    def sum_duplicates(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sparse_matrices(dtype: str) -> None:
     kernel = squared_cosines(60, dtype=dtype)
@@ -183,6 +166,8 @@ def problem_of(kernel: np.ndarray, k: int, name: str) -> Problem:
     more: dict[str, Any] = {"mixture": {"mix": {"facility-location": 1.0}}}.get(name, {})
     if name == "thin":
         more = {"constraints": Constraints(apart=1.0)}
+    if name == "feature-coverage":
+        more = {"features": Features.of_matrix(Scipy(np.abs(kernel)))}
     return Problem(n, k, DenseKernel(kernel), np.zeros(n), **more)
 
 
@@ -208,6 +193,7 @@ def test_what_is_not_a_number_is_refused() -> None:
     for build in (
         lambda: DenseKernel(bad),
         lambda: FeatureCoverage(bad),
+        lambda: FeatureCoverage(Scipy(bad)),
         lambda: ScoreSum(bad[0]),
         lambda: thin(np.eye(3), 0.5, scores=bad[0]),
         lambda: sieve_streaming([bad], 1),

@@ -135,6 +135,25 @@ def test_budgets_hold_with_other_rules(seed: int, budget: float, data: st.DataOb
             assert (labels[found.indices] == v).sum() <= at_most[v]
 
 
+@settings(max_examples=40, deadline=None)
+@given_data(
+    st.integers(0, 999),
+    st.floats(0.0, 9.0),
+    st.sampled_from(["incremental", "pruned", "lazy", "stochastic", "sparse", "partitioned"]),
+)
+def test_no_algorithm_overspends(seed: int, budget: float, algorithm: Any) -> None:
+    rng = np.random.default_rng(seed)
+    kernel, costs, labels = squared_cosines(16, seed=seed), rng.integers(1, 6, 16).astype(float), rng.integers(0, 2, 16)
+    rules = Constraints(costs=costs, budget=budget, groups=labels, at_most={0: 2})
+    found = facility_location(kernel, 12, constraints=rules, algorithm=algorithm, seed=seed)
+    assert found.cost == costs[found.indices].sum() <= budget
+    assert (labels[found.indices] == 0).sum() <= 2
+    drawn = saturated_coverage(kernel, 12, search="stochastic", constraints=rules, seed=seed)
+    assert drawn.cost == costs[drawn.indices].sum() <= budget
+    for other in (top(rng.random(16), 12, constraints=rules), random(16, 12, seed, constraints=rules)):
+        assert costs[other.indices].sum() <= budget
+
+
 def test_a_budget_takes_the_best_of_three() -> None:
     kernel = np.zeros((4, 9), np.float32)
     costs = np.ones(9)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
-from oracle_selectors import coverage, facility_greedy, greedy, optimum, squared_cosines
+from oracle_selectors import Scipy, coverage, facility_greedy, greedy, optimum, squared_cosines
 from oracle_similarity import kernel as literal_kernel
 from oracle_similarity import make_factors
 
@@ -20,6 +20,7 @@ from repmatch.selectors import (
     Coverage,
     DenseKernel,
     FeatureCoverage,
+    Features,
     GraphCut,
     LogDeterminant,
     MeanMatch,
@@ -426,6 +427,7 @@ def test_every_registered_strategy_solves_a_problem() -> None:
         own = {
             "mixture": {"mix": {"facility-location": 1.0, "top": 0.5}},
             "thin": {"constraints": Constraints(apart=0.9)},
+            "feature-coverage": {"features": Features.of_matrix(Scipy(FEATURES))},
         }
         more: dict[str, Any] = own.get(name, {})
         selection: Selection = entry.solve(Problem(12, 4, DenseKernel(KERNEL), scores, **more))

@@ -74,6 +74,9 @@ class Quota(click.ParamType[tuple[str, str, int]]):
 @click.option("--coverage", type=float, metavar="SHARE", help="Stop at this share of what the whole dataset reaches.")
 @click.option("--apart", type=float, metavar="S", help="No two picks are more similar than this.")
 @click.option("--matrices", metavar="PATTERN", multiple=True, help="Matrices that count: '*.value'. Repeatable.")
+@click.option(
+    "--features", metavar="FIELD", multiple=True, help="Columns for feature-coverage. Repeatable.  [default: texts]"
+)
 @click.option("--signed", is_flag=True, help="By the cosine of the weight changes: opposite instances differ.")
 @click.option(
     "--kernel",
@@ -115,6 +118,7 @@ def select(context: Context, /, dataset: str, as_json: bool, wait: float, **give
       herding             picks whose mean is that of all
       k-center            no instance is far from a pick
       dpp                 picks that span a large volume (--param ridge=1e-6)
+      feature-coverage    picks in which every word occurs, rare ones count more (--features)
       mixture             a weighted sum: --mix facility-location=1 --mix top=0.5
       thin                rows in their order, none too similar to an earlier pick (--apart)
       top                 highest score against the whole dataset's adapter, trained on demand

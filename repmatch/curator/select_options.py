@@ -42,6 +42,7 @@ class SelectOptions:
         coverage: stop once this share (0 to 1) of what all instances together reach is reached.
         apart: no two picks are more similar than this.
         matrices: patterns such as "*.value" of the adapted matrices that count; empty: all.
+        features: columns that "feature-coverage" reads; empty: the words of the fields that the task reads.
         signed: by the cosine of ΔW, which tells opposite instances apart.
         kernel: "repmatch"; "embeddings" of the base model; or "joined", both together, each with the same weight on
             average. Embeddings are made when they are first asked for, and kept in the store.
@@ -70,6 +71,7 @@ class SelectOptions:
     coverage: float | None = None
     apart: float | None = None
     matrices: Sequence[str] = ()
+    features: Sequence[str] = ()
     signed: bool = False
     kernel: KernelName = "repmatch"
     mix: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class SelectOptions:
                 values = [f"{self.quota_field}={key}:{number}" for key, number in value.items()]
             elif isinstance(value, dict):
                 values = [f"{key}={number:g}" for key, number in value.items()]
-            elif name == "matrices":
+            elif name in ("matrices", "features"):
                 values = value
             else:
                 values = [f"<{len(value)} ids>" if isinstance(value, list) else str(value)]
@@ -162,6 +164,7 @@ class SelectArguments(TypedDict, total=False):
     coverage: float | None
     apart: float | None
     matrices: Sequence[str]
+    features: Sequence[str]
     signed: bool
     kernel: KernelName
     mix: Mapping[str, float]

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
+from repmatch.curator.id_order import in_id_order
+from repmatch.curator.select_features import features_of
 from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
 from repmatch.errors import InputError, SelectionError, UnknownNameError, UsageError
-from repmatch.selectors import Constraints, FactorKernel, JoinedKernel, Problem, SignedKernel, strategy
+from repmatch.selectors import Constraints, FactorKernel, Features, JoinedKernel, Problem, SignedKernel, strategy
 
 if TYPE_CHECKING:
     from repmatch.store import Store
@@ -24,6 +26,8 @@ ScoresOf: TypeAlias = Callable[[str], dict[str, float]]
 Embed: TypeAlias = Callable[[str, Sequence[str]], NDArray[np.floating[Any]]]
 NEEDS_NO_SIZE = ("budget", "min_gain", "coverage", "apart")
 RECTANGULAR = ("facility-location", "saturated-coverage", "k-medoids")  # work on what others represent
+IN_ROW_ORDER = ("thin",)  # what comes first as ingested is looked at first; elsewhere the lowest id
+UNSORTED = "ties go to the row that was ingested first: the factors are too many to be sorted by id in memory"
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,21 @@ class Posed:
     Attributes:
         dataset: the dataset that is selected from.
         problem: for the strategy.
-        ids: the ids selected from, the first candidates; instances of other datasets follow them.
+        ids: the ids selected from, the first candidates, in their natural order; instances of other datasets follow
+            them.
+        places: (n,) int64, where each of them lies in the dataset's order.
         own: the similarities of the dataset with itself, for the picks' representatives.
         elsewhere: whether the picks stand for something other than the dataset itself.
+        notes: what the user should know.
     """
 
     dataset: str
     problem: Problem
     ids: tuple[str, ...]
+    places: NDArray[np.int64]
     own: FactorKernel
     elsewhere: bool
+    notes: tuple[str, ...] = ()
 
 
 def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf, embed: Embed) -> Posed:
@@ -67,25 +76,26 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
     entry = strategy(options.strategy)
     subset = store.resolve(source)
     dataset, part = subset.dataset, subset.ids is not None or subset.where is not None
-    factors = store.factors(dataset, ids=store.members(subset).ids if part else None)
-    n = len(factors)
+    stored = store.factors(dataset, ids=store.members(subset).ids if part else None)
+    n = len(stored)
     if not n:
         raise UsageError(f"{source} has no instances to select from.")
     if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
         raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
     kernel = _kernel_of(options)
     sets = _Sets(store, options, embed)
-    chosen = sets.ready(dataset, factors)
-    rules = _constraints(store, dataset, options, factors.ids)
+    chosen, places, notes = sets.ready(dataset, stored)
+    rules = _constraints(store, dataset, options, chosen.ids)
     scores = None
     if "scores" in entry.needs or "top" in options.mix:
         by_id = scores_of(dataset)
-        scores = np.array([by_id[i] for i in factors.ids])
+        scores = np.array([by_id[i] for i in chosen.ids])
     target = None if options.represent is None else sets.named(options.represent, "represent")
     candidates, rules = _with_given(sets, dataset, chosen, rules)
     foreign = len(candidates) - n
     if foreign and target is None:
         target = chosen
+    features = _features(sets, dataset, candidates.ids, n)
     if target is not None and options.strategy == "herding":
         raise SelectionError("herding represents the whole dataset: use facility-location with --represent or --given")
     if target is not None and "kernel" in entry.needs and options.strategy not in RECTANGULAR:
@@ -103,9 +113,10 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
         algorithm=options.algorithm,
         parameters=options.parameters,
         mix=options.mix,
+        features=features,
     )
     entry.check(problem)
-    return Posed(dataset, problem, factors.ids, whole.like(chosen, None), target is not None)
+    return Posed(dataset, problem, chosen.ids, places, whole.like(chosen, None), target is not None, notes)
 
 
 def _kernel_of(options: SelectOptions) -> Callable[..., FactorKernel]:
@@ -120,6 +131,22 @@ def _kernel_of(options: SelectOptions) -> Callable[..., FactorKernel]:
     if options.matrices:
         raise UsageError("--matrices choose among factors, and --kernel embeddings reads none.")
     return partial(JoinedKernel, weights=(0.0, 1.0))
+
+
+def _features(sets: _Sets, dataset: str, ids: Sequence[str], n: int) -> Features | None:
+    """Return what feature coverage reads of the candidates, of which those after the n-th are of what is given."""
+    options = sets.options
+    alone = "features" in strategy(options.strategy).needs
+    if not alone and "feature-coverage" not in options.mix:
+        if options.features:
+            raise UsageError("--features goes with the strategy feature-coverage, alone or in a mixture.")
+        return None
+    if options.represent is not None and alone:
+        raise SelectionError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
+    named = [(dataset, ids[:n])]
+    if len(ids) > n:
+        named.append((sets.store.resolve(str(options.given)).dataset, ids[n:]))
+    return features_of(sets.store, named, options.features)
 
 
 def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
@@ -165,18 +192,23 @@ class _Sets:
     options: SelectOptions
     embed: Embed
 
-    def ready(self, dataset: str, factors: Factors) -> Factors:
-        chosen = _matrices(factors, self.options.matrices)
-        if self.options.kernel == "repmatch":
-            return chosen
-        return replace(chosen, embeddings=self.embed(dataset, chosen.ids))
+    def ready(self, dataset: str, stored: Factors) -> tuple[Factors, NDArray[np.int64], tuple[str, ...]]:
+        """Return factors in order of ids, where each lay before, and a note where they are too many to be sorted."""
+        chosen, places = _matrices(stored, self.options.matrices), np.arange(len(stored))
+        notes: tuple[str, ...] = ()
+        if self.options.strategy not in IN_ROW_ORDER:
+            chosen, places, done = in_id_order(chosen)
+            notes = () if done else (UNSORTED,)
+        if self.options.kernel != "repmatch":
+            chosen = replace(chosen, embeddings=self.embed(dataset, chosen.ids))
+        return chosen, places, notes
 
     def named(self, name: str, option: str) -> Factors:
         subset = self.store.resolve(name)
         ids = self.store.members(subset).ids
         if not ids:
             raise UsageError(f"--{option} {name} has no instances.")
-        return self.ready(subset.dataset, self.store.factors(subset.dataset, ids=ids))
+        return self.ready(subset.dataset, self.store.factors(subset.dataset, ids=ids))[0]
 
 
 def _with_given(sets: _Sets, dataset: str, factors: Factors, rules: Constraints) -> tuple[Factors, Constraints]:

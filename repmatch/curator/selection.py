@@ -18,7 +18,7 @@ from repmatch.curator.select_problem import Embed, Posed, ScoresOf, pose
 from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Coreset
 from repmatch.errors import UsageError
-from repmatch.selectors import Selection, represent
+from repmatch.selectors import FactorKernel, Selection, represent
 from repmatch.selectors import select as solve
 
 if TYPE_CHECKING:
@@ -142,6 +142,9 @@ def select(
     if progress is not None:
         tell = progress
         problem = replace(problem, progress=lambda done, total: tell(f"selecting from {dataset}", done, total))
+        for kernel in (problem.kernel, posed.own):
+            if isinstance(kernel, FactorKernel):
+                kernel.progress = lambda what, done, total: tell(f"{what} {dataset}", done, total)
     with store.run("select", {"dataset": dataset, "name": name, **options.changed()}) as run:
         if cluster is None:
             selection = solve(options.strategy, problem)
@@ -151,6 +154,7 @@ def select(
             selection = select_on_cluster(options.strategy, problem, cluster)
         if not selection.complete and not len(selection):
             raise KeyboardInterrupt
+        selection = replace(selection, notes=(*posed.notes, *selection.notes))
         coreset = _coreset(name, dataset, options, posed, selection)
         store.save_coreset(coreset, replace=may_replace)
         run.detail.update(picks=len(selection), algorithm=selection.algorithm, complete=selection.complete)
@@ -161,6 +165,7 @@ def _coreset(name: str, dataset: str, options: SelectOptions, posed: Posed, sele
     representative, similarity = selection.representative, selection.similarity
     if posed.elsewhere:  # the store keeps who represents the dataset's own instances
         representative, similarity = represent(posed.own, selection.indices, len(posed.ids))
+    rows = np.argsort(posed.places)  # kept in the dataset's order
     return Coreset(
         name=name,
         dataset=posed.dataset,
@@ -183,9 +188,9 @@ def _coreset(name: str, dataset: str, options: SelectOptions, posed: Posed, sele
         },
         ids=tuple(posed.ids[i] for i in selection.indices),
         gains=selection.gains,
-        all_ids=posed.ids,
-        representative=representative[: len(posed.ids)],
-        similarity=similarity[: len(posed.ids)],
+        all_ids=tuple(posed.ids[i] for i in rows),
+        representative=representative[rows],
+        similarity=similarity[rows],
     )
 
 

@@ -5,6 +5,7 @@ from repmatch.selectors.baselines import random, represent, top
 from repmatch.selectors.constraints import Constraints, share
 from repmatch.selectors.estimators import Selector
 from repmatch.selectors.facility import facility_location
+from repmatch.selectors.features import FeatureCoverage, Features
 from repmatch.selectors.greedy import Objective
 from repmatch.selectors.joined import JoinedKernel
 from repmatch.selectors.kernels import DenseKernel, FactorKernel, Kernel, as_kernel
@@ -12,7 +13,6 @@ from repmatch.selectors.large import partitioned
 from repmatch.selectors.medoids import k_medoids
 from repmatch.selectors.objectives import (
     Coverage,
-    FeatureCoverage,
     GraphCut,
     LogDeterminant,
     MeanMatch,
@@ -44,6 +44,7 @@ __all__ = [
     "Entry",
     "FactorKernel",
     "FeatureCoverage",
+    "Features",
     "GraphCut",
     "JoinedKernel",
     "Kernel",

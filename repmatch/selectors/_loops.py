@@ -279,6 +279,27 @@ def root_gains(
         out[c] = after - before
 
 
+@compiled
+def sparse_gains(
+    starts: NDArray[np.int64],
+    columns: NDArray[np.int32],
+    values: NDArray[np.float64],
+    which: NDArray[np.int64],
+    total: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Do what root_gains does where a row has few features."""
+    for c in range(lo, hi):
+        gain = 0.0
+        for p in range(starts[which[c]], starts[which[c] + 1]):
+            before, after = total[columns[p]], total[columns[p]] + values[p]
+            gain += weights[columns[p]] * (np.sqrt(after) - np.sqrt(before))
+        out[c] = gain
+
+
 @compiled_exactly
 def largest(gains: NDArray[np.float64], prices: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:
     """Return the largest gain per price of what is allowed; without prices (length 0) the largest gain."""

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.errors import SelectionError
 from repmatch.selectors.constraints import Constraints, Tracker, check_size, demand, positions
-from repmatch.selectors.kernels import Kernel
+from repmatch.selectors.kernels import Kernel, report
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.spacing import Spacing
 
@@ -130,6 +130,7 @@ def represent(
         reached = block[np.arange(rows), best]
         better = reached > similarity
         representative[better], similarity[better] = lo + best[better], reached[better]
+        report(kernel, "representing", min(lo + step, len(indices)), len(indices))
     return representative, similarity
 
 

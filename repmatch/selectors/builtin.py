@@ -12,12 +12,29 @@ from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import random, top
 from repmatch.selectors.constraints import check_size
 from repmatch.selectors.facility import Algorithm, facility_location
+from repmatch.selectors.features import FeatureCoverage
 from repmatch.selectors.greedy import Objective, Search
 from repmatch.selectors.medoids import k_medoids
-from repmatch.selectors.objectives import Coverage, GraphCut, MeanMatch, Mixture, SaturatedCoverage, ScoreSum
+from repmatch.selectors.objectives import (
+    Coverage,
+    GraphCut,
+    MeanMatch,
+    Mixture,
+    SaturatedCoverage,
+    ScoreSum,
+)
 from repmatch.selectors.registry import Problem, register
 from repmatch.selectors.selection import Selection
-from repmatch.selectors.strategies import dpp, graph_cut, herding, k_center, maximize, saturated_coverage, thin
+from repmatch.selectors.strategies import (
+    dpp,
+    feature_coverage,
+    graph_cut,
+    herding,
+    k_center,
+    maximize,
+    saturated_coverage,
+    thin,
+)
 
 KERNEL = ("kernel",)
 SEARCHES = ("plain", "lazy", "stochastic")
@@ -82,6 +99,11 @@ def _dpp(problem: Problem) -> Selection:
     return dpp(problem.need_kernel(), problem.k, **_shared(problem))
 
 
+@register("feature-coverage", "Picks in which every word (or other feature) occurs.", needs=("features",))
+def _feature_coverage(problem: Problem) -> Selection:
+    return feature_coverage(problem.need_features(), problem.k, kernel=problem.kernel, **_shared(problem))
+
+
 @register("mixture", "A weighted sum of objectives.", needs=KERNEL, algorithms=SEARCHES)
 def _mixture(problem: Problem) -> Selection:
     parts = _parts(problem)
@@ -130,6 +152,7 @@ def _makers(problem: Problem) -> Mapping[str, Callable[[], Objective]]:
         "graph-cut": lambda: GraphCut(problem.need_kernel()),
         "saturated-coverage": lambda: SaturatedCoverage(problem.need_kernel()),
         "herding": lambda: MeanMatch(problem.need_kernel()),
+        "feature-coverage": lambda: FeatureCoverage(problem.need_features(), kernel=problem.kernel),
         "top": lambda: ScoreSum(problem.need_scores(), kernel=problem.kernel),
     }
 

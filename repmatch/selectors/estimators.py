@@ -9,166 +9,55 @@ arguments that apricot-select's classes of the same names take, so that its user
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.constraints import Constraints, share
+from repmatch.selectors.baselines import random
+from repmatch.selectors.constraints import Constraints
+from repmatch.selectors.estimator import Estimator, Selector
 from repmatch.selectors.facility import facility_location
+from repmatch.selectors.features import Concave, FeatureCoverage
 from repmatch.selectors.greedy import Objective, Search
 from repmatch.selectors.kernels import DenseKernel, Kernel, as_kernel
 from repmatch.selectors.objectives import (
-    Concave,
     Coverage,
-    FeatureCoverage,
     GraphCut,
     Mixture,
     SaturatedCoverage,
     SetFunction,
 )
-from repmatch.selectors.registry import Problem, select
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.sparse import SparseKernel
 from repmatch.selectors.strategies import maximize
 
+__all__ = [
+    "BaseGraphSelection",
+    "BaseSelection",
+    "CustomGraphSelection",
+    "CustomSelection",
+    "FacilityLocationSelection",
+    "FeatureBasedSelection",
+    "GraphCutSelection",
+    "MaxCoverageSelection",
+    "MixtureSelection",
+    "SaturatedCoverageSelection",
+    "Selector",
+    "SumRedundancySelection",
+    "similarities",
+]
+
 Metric = Literal["precomputed", "euclidean", "cosine", "corr", "correlation"]
-Optimizer = Literal["auto", "lazy", "naive", "two-stage", "stochastic", "greedi"]
+Exact = Literal["auto", "lazy", "naive", "two-stage", "approximate-lazy", "modular", "bidirectional", "sieve"]
+Optimizer = Exact | Literal["stochastic", "sample", "greedi", "random"]
+OPTIMIZERS = (*get_args(Exact), "stochastic", "sample", "greedi", "random")
+UNUSED = ("optimizer_kwds", "reservoir", "max_reservoir_size", "n_jobs", "verbose")  # apricot's, without effect here
 
 
-class _Estimator:
-    """What all estimators share: results, transform, parameters."""
-
-    parameters: tuple[str, ...] = ()
-    ranking_: NDArray[np.int64]
-    gains_: NDArray[np.float64]
-    selection_: Selection
-
-    @property
-    def ranking(self) -> NDArray[np.int64]:
-        """`ranking_` by apricot's name."""
-        return self.ranking_
-
-    @property
-    def gains(self) -> NDArray[np.float64]:
-        """`gains_` by apricot's name."""
-        return self.gains_
-
-    def _keep(self, selection: Selection) -> Self:
-        self.selection_, self.ranking_, self.gains_ = selection, selection.indices, selection.gains
-        return self
-
-    def transform(self, values: ArrayLike, y: ArrayLike | None = None) -> Any:
-        """Return the picked rows of an array, in pick order.
-
-        Args:
-            values: (n, ...) one row an instance.
-            y: (n, ...) labels, picked along.
-
-        Returns:
-            (k, ...) rows; with y a pair of rows and labels.
-
-        Raises:
-            SelectionError: nothing was fitted yet.
-        """
-        if not hasattr(self, "ranking_"):
-            raise SelectionError("this selector holds no selection yet: call fit first")
-        rows = np.asarray(values)[self.ranking_]
-        return rows if y is None else (rows, np.asarray(y)[self.ranking_])
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the parameters by name.
-
-        Args:
-            deep: for scikit-learn's sake; there is nothing below.
-        """
-        return {name: getattr(self, name) for name in self.parameters}
-
-    def set_params(self, **parameters: Any) -> Self:
-        """Change parameters.
-
-        Args:
-            **parameters: new values by name.
-
-        Returns:
-            This object.
-
-        Raises:
-            SelectionError: a name that is none of them.
-        """
-        for name, value in parameters.items():
-            if name not in self.parameters:
-                raise SelectionError(f"a selector has no parameter {name!r}: expected {', '.join(self.parameters)}")
-            setattr(self, name, value)
-        return self
-
-
-class Selector(_Estimator):
-    """Select instances with any registered strategy.
-
-    Attributes:
-        ranking_: (k,) int64 positions in pick order, after `fit`.
-        gains_: (k,) float64, what each pick added.
-        selection_: the whole result.
-    """
-
-    parameters: tuple[str, ...] = ("n_select", "strategy", "constraints", "algorithm", "seed")
-
-    def __init__(
-        self,
-        n_select: int | float = 0.1,
-        *,
-        strategy: str = "facility-location",
-        constraints: Constraints | None = None,
-        algorithm: str = "auto",
-        seed: int = 0,
-    ) -> None:
-        """Keep the parameters.
-
-        Args:
-            n_select: picks, or their share of all instances as a float between 0 and 1.
-            strategy: a registered name.
-            constraints: rules for the picks.
-            algorithm: how the strategy finds them.
-            seed: for strategies that draw.
-        """
-        self.n_select, self.strategy, self.constraints = n_select, strategy, constraints
-        self.algorithm, self.seed = algorithm, seed
-
-    def fit(self, kernel: Kernel | Factors | ArrayLike, y: ArrayLike | None = None) -> Self:
-        """Select.
-
-        Args:
-            kernel: a kernel, factors, an (n, n) array of similarities, or a sparse matrix of them.
-            y: (n,) scores, for strategies that need them.
-
-        Returns:
-            This object.
-        """
-        given = as_kernel(kernel)
-        n = given.shape[1]
-        k = share(n, self.n_select) if isinstance(self.n_select, float) else self.n_select
-        scores = None if y is None else np.asarray(y, np.float64)
-        rules = self.constraints or Constraints()
-        return self._keep(select(self.strategy, Problem(n, k, given, scores, rules, self.seed, self.algorithm)))
-
-    def fit_transform(self, kernel: Kernel | Factors | ArrayLike, y: ArrayLike | None = None) -> NDArray[Any]:
-        """Select and return the picks' rows of the kernel array.
-
-        Args:
-            kernel: an (n, n) array of similarities.
-            y: (n,) scores, for strategies that need them.
-
-        Returns:
-            (k, n) rows.
-        """
-        return np.asarray(self.fit(kernel, y).transform(np.asarray(kernel)))
-
-
-class BaseSelection(_Estimator, ABC):
+class BaseSelection(Estimator, ABC):
     """Select rows by maximising an objective.
 
     Attributes:
@@ -186,15 +75,25 @@ class BaseSelection(_Estimator, ABC):
         initial_subset: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         optimizer: Optimizer = "auto",
         random_state: int | None = None,
+        **unused: Any,
     ) -> None:
         """Keep the parameters.
 
         Args:
             n_samples: rows to select; with `sample_cost` what they may cost together.
             initial_subset: positions of rows that are there already and are not picked again.
-            optimizer: "stochastic" looks at samples, "greedi" works in parts (facility location); the others are exact.
-            random_state: seed, for those two.
+            optimizer: "stochastic" and "sample" look at samples, "greedi" works in parts (facility location), "random"
+                draws; the others are exact, for what they save is not needed here.
+            random_state: seed, for those four.
+            **unused: arguments of apricot's that speak of how it works and change nothing here: optimizer_kwds,
+                reservoir, max_reservoir_size, n_jobs, verbose.
+
+        Raises:
+            TypeError: another argument.
         """
+        for name in unused:
+            if name not in UNUSED:
+                raise TypeError(f"{type(self).__name__} takes no argument {name!r}")
         self.n_samples, self.initial_subset = n_samples, initial_subset
         self.optimizer, self.random_state = optimizer, random_state
 
@@ -202,12 +101,19 @@ class BaseSelection(_Estimator, ABC):
     def objective(self, x: Any) -> Callable[[], Objective]:
         """Return what makes the objective on some rows."""
 
-    def fit(self, x: Any, y: ArrayLike | None = None, *, sample_cost: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        x: Any,
+        y: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        sample_cost: ArrayLike | None = None,
+    ) -> Self:
         """Select.
 
         Args:
             x: (n, d) rows, or whatever the metric expects.
             y: not used.
+            sample_weight: not used, as in apricot.
             sample_cost: (n,) what each row costs, above 0.
 
         Returns:
@@ -216,9 +122,8 @@ class BaseSelection(_Estimator, ABC):
         Raises:
             SelectionError: rows, sizes or costs that can't be used.
         """
-        known = ("auto", "lazy", "naive", "two-stage", "stochastic", "greedi")
-        if self.optimizer not in known:
-            raise SelectionError(f"there is no optimizer {self.optimizer!r}: expected one of {', '.join(known)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise SelectionError(f"there is no optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
         given = () if self.initial_subset is None else np.asarray(self.initial_subset)
         rules = Constraints(given=given)
         k: int = self.n_samples
@@ -228,15 +133,21 @@ class BaseSelection(_Estimator, ABC):
         return self._keep(self._solve(x, k, rules))
 
     def _solve(self, x: Any, k: int, rules: Constraints) -> Selection:
-        if self.optimizer == "greedi":
-            raise SelectionError("greedi works with facility location only: choose another optimizer")
-        search: Search = "stochastic" if self.optimizer == "stochastic" else "auto"
+        search: Search = "stochastic" if self.optimizer in ("stochastic", "sample") else "auto"
         make, seed = self.objective(x), self.random_state or 0
+        if self.optimizer == "random":
+            return random(make().n, k, seed, constraints=rules)
         return maximize(make, k, strategy=type(self).__name__, search=search, constraints=rules, seed=seed)
 
-    def fit_transform(self, x: Any, y: ArrayLike | None = None, *, sample_cost: ArrayLike | None = None) -> Any:
+    def fit_transform(
+        self,
+        x: Any,
+        y: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        sample_cost: ArrayLike | None = None,
+    ) -> Any:
         """Select and return the picked rows; with y a pair of rows and labels."""
-        return self.fit(x, y, sample_cost=sample_cost).transform(x, y)
+        return self.fit(x, y, sample_weight, sample_cost).transform(x, y)
 
 
 class BaseGraphSelection(BaseSelection):
@@ -280,7 +191,9 @@ class FacilityLocationSelection(BaseGraphSelection):
         return lambda: Coverage(kernel)
 
     def _solve(self, x: Any, k: int, rules: Constraints) -> Selection:
-        names = {"stochastic": "stochastic", "greedi": "partitioned"}
+        if self.optimizer == "random":
+            return super()._solve(x, k, rules)
+        names = {"stochastic": "stochastic", "sample": "stochastic", "greedi": "partitioned"}
         algorithm: Any = names.get(self.optimizer, "auto")
         return facility_location(self.kernel(x), k, constraints=rules, algorithm=algorithm, seed=self.random_state or 0)
 
@@ -299,6 +212,15 @@ class GraphCutSelection(BaseGraphSelection):
         """Return what makes the objective on some rows."""
         kernel = self.kernel(x)
         return lambda: GraphCut(kernel, trade=self.alpha)
+
+
+class SumRedundancySelection(BaseGraphSelection):
+    """Rows that differ from each other: the least sum of similarities among them."""
+
+    def objective(self, x: Any) -> Callable[[], Objective]:
+        """Return what makes the objective on some rows."""
+        kernel = self.kernel(x)
+        return lambda: GraphCut(kernel, trade=0.0)
 
 
 class SaturatedCoverageSelection(BaseGraphSelection):
@@ -323,7 +245,7 @@ class FeatureBasedSelection(BaseSelection):
     parameters: tuple[str, ...] = (*BaseSelection.parameters, "concave_func")
 
     def __init__(self, n_samples: int = 10, concave_func: Concave = "sqrt", **more: Any) -> None:
-        """Keep the parameters; concave_func is how returns fall, "sqrt" or "log"."""
+        """Keep the parameters; concave_func is how returns fall, "sqrt", "log", "sigmoid" or a function."""
         super().__init__(n_samples, **more)
         self.concave_func: Concave = concave_func
 
@@ -332,20 +254,69 @@ class FeatureBasedSelection(BaseSelection):
         return lambda: FeatureCoverage(x, concave=self.concave_func)
 
 
-class CustomSelection(BaseSelection):
-    """Rows that maximise a function of one's own, called on the picked rows; plain greedy."""
+class MaxCoverageSelection(BaseSelection):
+    """Rows in which as many features as possible reach a threshold together."""
 
-    parameters: tuple[str, ...] = (*BaseSelection.parameters, "function")
+    parameters: tuple[str, ...] = (*BaseSelection.parameters, "threshold")
 
-    def __init__(self, n_samples: int, function: Callable[[NDArray[Any]], float], **more: Any) -> None:
-        """Keep the parameters; function gives the value of (k, d) picked rows."""
+    def __init__(self, n_samples: int = 10, threshold: float = 1.0, **more: Any) -> None:
+        """Keep the parameters; a feature counts up to the threshold, which is above 0."""
         super().__init__(n_samples, **more)
-        self.function = function
+        self.threshold = threshold
 
     def objective(self, x: Any) -> Callable[[], Objective]:
         """Return what makes the objective on some rows."""
-        rows = np.asarray(x)
-        return lambda: SetFunction(lambda picks: self.function(rows[picks]), len(rows))
+        most = self.threshold
+        return lambda: FeatureCoverage(x, concave=lambda total: np.minimum(total, most))
+
+
+class _Custom(BaseSelection):
+    """What both kinds of a function of one's own share."""
+
+    parameters: tuple[str, ...] = (*BaseSelection.parameters, "function", "function_kwds")
+
+    def __init__(
+        self,
+        n_samples: int,
+        function: Callable[..., float],
+        *,
+        function_kwds: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Keep the parameters.
+
+        Args:
+            n_samples: rows to select.
+            function: gives the value of (k, d) picked rows; it may not change them.
+            function_kwds: more arguments of it.
+            **more: of the class above.
+        """
+        super().__init__(n_samples, **more)
+        self.function, self.function_kwds = function, function_kwds
+
+    def valued(self, rows: NDArray[Any]) -> Callable[[], Objective]:
+        """Return what makes the objective on rows that the function is called with."""
+        more = self.function_kwds or {}
+        return lambda: SetFunction(lambda picks: self.function(rows[picks], **more), len(rows))
+
+
+class CustomSelection(_Custom):
+    """Rows that maximise a function of one's own, called on the picked rows; plain greedy."""
+
+    def objective(self, x: Any) -> Callable[[], Objective]:
+        """Return what makes the objective on some rows."""
+        return self.valued(np.asarray(x))
+
+
+class CustomGraphSelection(_Custom, BaseGraphSelection):
+    """Rows that maximise a function of one's own, called on the picked rows' similarities with all; plain greedy."""
+
+    parameters: tuple[str, ...] = (*BaseGraphSelection.parameters, "function", "function_kwds")
+
+    def objective(self, x: Any) -> Callable[[], Objective]:
+        """Return what makes the objective on some rows."""
+        kernel = self.kernel(x)
+        return self.valued(kernel.columns(np.arange(kernel.shape[1])).T)
 
 
 class MixtureSelection(BaseSelection):
@@ -382,6 +353,8 @@ def similarities(x: ArrayLike, metric: Metric) -> NDArray[np.floating[Any]]:
     Raises:
         SelectionError: another metric, or rows that can't be used.
     """
+    if hasattr(x, "tocsr"):
+        raise SelectionError(f"a sparse matrix holds similarities: metric 'precomputed' takes it, not {metric!r}")
     rows = np.asarray(x)
     rows = rows.astype(np.float64) if rows.dtype not in (np.float32, np.float64) else rows
     if rows.ndim != 2 or not np.isfinite(rows).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -156,7 +157,12 @@ class FactorKernel:
     """The RepMatch kernel of stored factors, computed where it is read: mean over matrices of φ(r, r).
 
     Whole (n, n) arrays are made only within the memory limit; otherwise blocks of columns are.
+
+    Attributes:
+        progress: called with what is done, rows done and rows in all, while all of it is read.
     """
+
+    progress: Callable[[str, int, int], None] | None = None
 
     def __init__(
         self, factors: Factors, *, represented: Factors | None = None, memory_limit: int | None = None
@@ -207,6 +213,7 @@ class FactorKernel:
                 out[lo:hi, start:] = self.block(
                     take(self.represented, slice(lo, hi)), take(self.factors, slice(start, n))
                 )
+                report(self, "comparing", hi, rows)
             if self.symmetric:
                 _mirror(out)
             self._whole = out
@@ -316,6 +323,20 @@ def among_candidates(kernel: Kernel | None) -> Kernel:
     if kernel is None or kernel.shape[0] != kernel.shape[1]:
         raise SelectionError("keeping picks apart needs the candidates' similarities with each other")
     return kernel
+
+
+def report(kernel: Kernel, what: str, done: int, total: int) -> None:
+    """Tell how far a long reading of a kernel is, where the kernel knows whom to tell.
+
+    Args:
+        kernel: the kernel.
+        what: what is done, such as "comparing".
+        done: rows or picks done.
+        total: of how many.
+    """
+    tell = getattr(kernel, "progress", None)
+    if tell is not None:
+        tell(what, done, total)
 
 
 def _need_square(shape: tuple[int, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,8 +11,6 @@ from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
 from repmatch.selectors.greedy import Objective
 from repmatch.selectors.kernels import DenseKernel, Kernel
-
-Concave = Literal["sqrt", "log"]
 
 
 class Coverage(Objective):
@@ -95,64 +92,6 @@ class SaturatedCoverage(Objective):
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         return float(self.limit.sum())
-
-
-class FeatureCoverage(Objective):
-    """Every feature is present, with falling returns: Σ_f w_f · g(Σ_{j ∈ S} x_jf), g concave (Wei et al. 2014)."""
-
-    def __init__(
-        self,
-        features: ArrayLike,
-        *,
-        weights: ArrayLike | None = None,
-        concave: Concave = "sqrt",
-        kernel: Kernel | None = None,
-    ) -> None:
-        """Take features.
-
-        Args:
-            features: (n, f) floats of at least 0.
-            weights: (f,) floats of at least 0; 1 each by default.
-            concave: g: "sqrt" or "log" (of 1 + x).
-            kernel: for the representatives only.
-        """
-        x = np.ascontiguousarray(features, np.float64)
-        if x.ndim != 2 or not np.isfinite(x).all() or (x < 0).any():
-            raise SelectionError(f"features {x.shape} can't be used: expected (n, f) finite numbers of at least 0")
-        w = np.ones(x.shape[1]) if weights is None else np.asarray(weights, np.float64)
-        if w.shape != (x.shape[1],) or not (w >= 0).all():
-            raise SelectionError(f"weights have shape {w.shape}: expected ({x.shape[1]},) numbers of at least 0")
-        if concave not in ("sqrt", "log"):
-            raise SelectionError(f"there is no concave function {concave!r}: expected sqrt or log")
-        self.features, self.weights, self.kernel, self.n = x, w, kernel, len(x)
-        self.total = np.zeros(x.shape[1])
-        self.concave = np.sqrt if concave == "sqrt" else np.log1p
-
-    def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return what each of some candidates would add."""
-        out = np.empty(len(indices))
-        if self.concave is np.sqrt:
-            from repmatch.selectors import _loops
-
-            def part(lo: int, hi: int) -> None:
-                _loops.root_gains(self.features, indices, self.total, self.weights, lo, hi, out)
-
-            in_chunks(part, len(indices), least=64)
-            return out
-        before = self.concave(self.total)
-        step = max(1, (8 << 20) // max(1, 8 * len(self.weights)))
-        for lo in range(0, len(indices), step):
-            after = self.concave(self.total + self.features[indices[lo : lo + step]])
-            out[lo : lo + step] = ((after - before) * self.weights).sum(axis=1)
-        return out
-
-    def add(self, index: int) -> None:
-        """Note a pick."""
-        self.total = self.total + self.features[index]
-
-    def ceiling(self) -> float:
-        """Return the value of all instances together."""
-        return float((self.concave(self.features.sum(axis=0)) * self.weights).sum())
 
 
 class LogDeterminant(Objective):

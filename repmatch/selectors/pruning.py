@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
-from repmatch.selectors.kernels import Floats, Kernel
+from repmatch.selectors.kernels import Floats, Kernel, report
 from repmatch.selectors.sparse import SparseKernel
 
 ROWS, COLUMNS = 2048, 32768  # of a block: 256 MiB of float32
@@ -64,6 +64,7 @@ def above(kernel: Kernel, floor: NDArray[np.float64]) -> SparseKernel:
                     )
         done.append(_merge(waiting[b]))
         waiting[b] = []
+        report(kernel, "comparing", hi, rows)
     return _concatenate(done, n, kernel.resolution)
 
 

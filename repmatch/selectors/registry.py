@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError, UnknownNameError
 from repmatch.selectors.constraints import Constraints
+from repmatch.selectors.features import Features
 from repmatch.selectors.greedy import Progress
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
@@ -24,6 +25,7 @@ class Problem:
         k: picks wanted.
         kernel: similarities, where there are any.
         scores: (n,) floats, one an instance, where there are any.
+        features: of the instances, where there are any.
         constraints: rules that the picks must respect.
         seed: for strategies that draw.
         algorithm: how a strategy that knows several finds its picks; "auto" lets it choose.
@@ -42,6 +44,7 @@ class Problem:
     parameters: Mapping[str, float] = field(default_factory=dict)
     mix: Mapping[str, float] = field(default_factory=dict)
     progress: Progress | None = None
+    features: Features | None = None
 
     def need_kernel(self) -> Kernel:
         """Return the kernel.
@@ -63,6 +66,16 @@ class Problem:
             raise SelectionError("this strategy needs scores: pass Problem(scores=...)")
         return self.scores
 
+    def need_features(self) -> Features:
+        """Return the features.
+
+        Raises:
+            SelectionError: there are none.
+        """
+        if self.features is None:
+            raise SelectionError("this strategy needs features: pass Problem(features=...)")
+        return self.features
+
 
 Strategy = Callable[[Problem], Selection]
 
@@ -75,7 +88,7 @@ class Entry:
         name: what users call it.
         solve: the strategy.
         summary: one sentence for lists.
-        needs: "kernel", "scores" or neither.
+        needs: "kernel", "scores", "features" or none.
         algorithms: what `Problem.algorithm` may say besides "auto".
         parameters: names that `Problem.parameters` may hold.
     """
@@ -123,7 +136,7 @@ def register(
     Args:
         name: what users call it, for example "facility-location".
         summary: one sentence for lists.
-        needs: "kernel", "scores" or neither.
+        needs: "kernel", "scores", "features" or none.
         algorithms: what `Problem.algorithm` may say besides "auto".
         parameters: names that `Problem.parameters` may hold.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
-from repmatch.selectors.kernels import Floats, Kernel
+from repmatch.selectors.kernels import Floats, Kernel, report
 
 BLOCK_BYTES = 128 << 20
 
@@ -83,6 +83,7 @@ class SparseKernel:
             wanted = np.arange(lo, min(rows, lo + step))
             block = kernel.columns(wanted).T if kernel.symmetric else kernel.rows(wanted).columns(everyone)
             _keep(block, m, neighbours[lo : lo + step], values[lo : lo + step])
+            report(kernel, "comparing", min(rows, lo + step), rows)
         starts = np.arange(rows + 1, dtype=np.int64) * m
         return cls(starts, neighbours.ravel(), values.ravel(), n, resolution=kernel.resolution)
 

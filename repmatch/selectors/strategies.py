@@ -11,11 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
 from repmatch.selectors.constraints import Constraints, Positions, positions
+from repmatch.selectors.features import Concave, FeatureCoverage, Features
 from repmatch.selectors.greedy import Objective, Progress, Search, Searched, solve
 from repmatch.selectors.kernels import Kernel, as_kernel
 from repmatch.selectors.objectives import (
-    Concave,
-    FeatureCoverage,
     GraphCut,
     LogDeterminant,
     MeanMatch,
@@ -118,29 +117,31 @@ def saturated_coverage(
 
 
 def feature_coverage(
-    features: ArrayLike,
+    features: Features | ArrayLike,
     k: int,
     *,
     weights: ArrayLike | None = None,
     concave: Concave = "sqrt",
+    kernel: Kernel | None = None,
     constraints: Constraints | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Select instances in which every feature is present.
 
     Args:
-        features: (n, f) floats of at least 0.
+        features: (n, f) floats of at least 0, a sparse matrix of scipy's kind, or `Features`.
         k: how many to pick.
-        weights: (f,) floats of at least 0; 1 each by default.
+        weights: (f,) floats of at least 0; those of the features, or 1 each, by default.
         concave: how returns fall, "sqrt" or "log".
+        kernel: for the representatives only; without it every pick stands for itself alone.
         constraints: rules for the picks.
         progress: called after each pick with picks made and wanted.
 
     Returns:
-        The selection; every pick stands for itself alone.
+        The selection.
     """
     return maximize(
-        lambda: FeatureCoverage(features, weights=weights, concave=concave),
+        lambda: FeatureCoverage(features, weights=weights, concave=concave, kernel=kernel),
         k,
         strategy="feature-coverage",
         constraints=constraints,

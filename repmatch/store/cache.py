@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.datamodels import digest
-from repmatch.store.files import sync_folder, write_at, writing_to
+from repmatch.store.files import open_to_write, sync_folder, write_at, writing_to
 
 FOLDER = "cache"
 _NAME = re.compile(r"(?P<owner>[0-9a-f]{16})-(?P<key>[0-9a-f]{32})-(?P<width>\d{1,6})-(?P<crc>[0-9a-f]{8})\.f32")
@@ -46,7 +46,7 @@ class CachedRows:
         """
         for path in sorted(self._folder.glob(f"{self._owner}-{self._key}-*.f32")):
             match = _NAME.fullmatch(path.name)
-            if match is None or path.is_symlink():
+            if match is None:
                 continue
             width = int(match["width"])
             if path.stat().st_size == 4 * n * width and _crc(path) == int(match["crc"], 16):
@@ -70,7 +70,7 @@ class CachedRows:
         part = self._folder / f"{self._owner}-{self._key}-{width}.part"
         with writing_to(part):
             self._folder.mkdir(exist_ok=True)
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = open_to_write(part, os.O_RDWR | os.O_CREAT)
             try:
                 done = self._whole_rows(descriptor, n, width)
                 for rows in make(done):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from repmatch.errors import StoreCorruptError, StoreError
 
-FOLDERS = ("segments", "adapters", "staging", "cache")
+FOLDERS = ("segments", "adapters", "cache", "staging")
 
 
 @contextmanager
