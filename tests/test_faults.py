@@ -22,6 +22,16 @@ def test_a_store_keeps_what_was_committed_whatever_happens() -> None:
     assert "wrong: 0" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_whole_commands_are_killed_and_run_again() -> None:
+    command = [sys.executable, "-m", "campaign", "--trials", "10", "--seed", "3", "--only", "command"]
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong: 0" in done.stdout
+
+
 def test_the_campaign_tells_what_is_lost(tmp_path: Path) -> None:
     from campaign.tally import Outcome, Tally, Wrong
 

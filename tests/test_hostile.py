@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     [
         *("store.lock", "turn.lock", f"{CATALOG}.wal", "catalog.rebuilt.duckdb", "segments/000001.bin"),
         *("segments/000001.journal", "segments/000002.bin", "adapters/x.safetensors", "adapters/x.safetensors.tmp"),
-        *("staging/x.lock", "segments", "adapters", "staging"),
+        *("staging/x.lock", "segments", "adapters", "staging", "cache", "cache/x.f32"),
     ],
 )
 def test_a_link_in_a_store_leads_nowhere(run: Run, path: Path, tmp_path: Path, name: str) -> None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from conftest import Run, toy_rows, write_rows
+from store_worker import make_space
+
+from repmatch.curator.adapter_files import _card
+from repmatch.curator.card import card_text
+from repmatch.datamodels import Adapter, Space
 
 PACKAGE = Path(__file__).parent.parent / "repmatch"
 SECRET = "the secret of this machine"
@@ -100,3 +107,72 @@ def test_names_are_no_paths(run: Run, toy_store: Path, name: str) -> None:
     result = run("--store", toy_store, "select", "toy", "-k", 2, "--name", name)
     assert result.code != 0
     assert "Traceback" not in result.err
+
+
+SIGNS = set("\x1b\x07\x9b\x9d\u202e\u2066\x7f")
+
+
+def test_names_of_columns_do_not_reach_the_terminal(run: Run, toy_store: Path) -> None:
+    for query in ('SELECT 1 AS "\x1b[2J\x9bx"', "SELECT '\x1b]0;x\x07\u202e' AS a"):
+        result = run("--store", toy_store, "sql", query)
+        assert result.code == 0
+        assert not SIGNS & set(result.out + result.err), repr(result.out)
+
+
+def test_json_holds_the_value_and_no_control_character(run: Run, toy_store: Path) -> None:
+    value = "\x1b[2J\x9b2J\u202e\u2028é"
+    result = run("--store", toy_store, "sql", "--json", f"SELECT '{value}' AS a")
+    assert result.objects == [{"a": value}]
+    assert not SIGNS & set(result.out)
+    assert "é" in result.out
+
+
+def test_a_configuration_file_does_not_reach_the_terminal(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "repmatch.toml"
+    monkeypatch.setenv("REPMATCH_CONFIG", str(file))
+    for text in ('[select]\nseed = "\\u001b[2J"\n', '"\\u001b[2J" = 1\n', '["\\u001b[2J"]\nx = 1\n'):
+        file.write_text(text)
+        result = run("select", "toy", "-k", "2")
+        assert result.code in (1, 2)
+        assert not SIGNS & set(result.out + result.err), repr(result.err)
+
+
+MARKUP = "![x](http://evil.example/a.png) [y](javascript:1) <script>1</script> |`a`| **b**\n# c\x1b[2J"
+
+
+def test_a_card_shows_texts_and_is_not_written_by_them() -> None:
+    space = {"model": MARKUP, "model_fingerprint": "f" * 64, "rank": 1, "seed": 0, "task": "x\ninjected: true"}
+    manifest = {
+        "name": MARKUP,
+        "file": {"rows": 2, "name": "core.jsonl\ninjected: true"},
+        "dataset": {"name": MARKUP, "instances": 4, "columns_read": {"text": MARKUP}},
+        "selection": {"strategy": MARKUP, "command": "repmatch select d --where 'a\n```\n# c'"},
+        "space": space,
+    }
+    text = card_text(manifest, {MARKUP: (1, 2)})
+    head, _, body = text.removeprefix("---\n").partition("\n---\n")
+    assert not re.search(r"^injected", head, re.M)
+    assert "\x1b" not in text
+    for line in body.splitlines():
+        outside = re.sub(r"`[^`]*`", "", line)  # nothing is markup within a code span
+        assert not re.search(r"(?<!\\)[\[\]]", outside), line
+        assert "<script" not in line
+        assert not line.startswith("# c")
+    assert len(re.findall(r"^```", body, re.M)) == 2
+
+
+def test_an_adapters_card_runs_nothing_of_a_store(tiny_space: Space) -> None:
+    quoted = 'x"\nimport os; os.system("boo")  # '
+    space = dataclasses.replace(tiny_space, model=quoted)
+    adapter = Adapter("id", space.id, MARKUP, "m", {}, {}, {}, {})
+    text = _card(adapter, space, ["```\nimport os", MARKUP])
+    assert not re.search(r"^import os", text, re.M)
+    assert len(re.findall(r"^```", text, re.M)) == 2
+    assert "<script" not in text.split("```")[0]
+
+
+@pytest.fixture
+def tiny_space() -> Space:
+    return make_space()

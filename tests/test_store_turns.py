@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from store_worker import filled, make_batch, make_rows
 
 import repmatch
+from repmatch.errors import StoreLockedError
 from repmatch.store.turn import Turn, taking_turns
 
 READ = """
@@ -70,3 +72,23 @@ def test_reading_makes_no_file(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "s")
     assert len(store.ids("d")) == 6
     assert not (tmp_path / "s" / "turn.lock").exists()
+
+
+HOLD = (
+    "import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_writer_that_has_not_written_its_name_yet_is_named(tmp_path: Path) -> None:
+    if not Path("/proc/locks").exists():
+        pytest.skip("the holder of a lock is looked up in /proc/locks")
+    store, _ = filled(tmp_path / "s")  # store.lock names this process, which holds it no longer
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "s" / "store.lock")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(StoreLockedError, match=rf"process {holder.pid}[;.]"), store.writing():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()

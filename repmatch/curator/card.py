@@ -94,7 +94,7 @@ def _size(rows: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return "'" + printable(text).replace("'", "''") + "'"
 
 
 def _line(text: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,13 +65,25 @@ class WriterLock:
             self._descriptor = None
 
     def _refusal(self, wait: float) -> str:
-        try:
+        pid, who = _holder(self.path), "another process"
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             holder = json.loads(self.path.read_text())
             who = f"process {int(holder['pid'])} on {holder['host']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "another process"
+        if pid is not None and f"process {pid} " not in who:  # the holder has not written its name yet
+            who = f"process {pid}"
         waited = f" after waiting {wait:g} s" if wait else ""
         return (
             f"the store {self.path.parent} is being written to by {who}; no second writer is let in{waited}. "
             "Wait until it has finished, or end that process. Reading works meanwhile."
         )
+
+
+def _holder(path: Path) -> int | None:
+    """Return the process that holds the lock as Linux knows it; None elsewhere, and where it is not of this machine."""
+    with suppress(OSError, ValueError, IndexError):
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            parts = line.split()
+            if parts[1] == "FLOCK" and parts[5].endswith(f":{inode}") and int(parts[4]) > 0:
+                return int(parts[4])
+    return None
