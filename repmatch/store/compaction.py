@@ -16,7 +16,7 @@ from repmatch.datamodels import Dataset, Encoding, Row, Space
 from repmatch.errors import StoreCorruptError
 from repmatch.store.cache import forget_others
 from repmatch.store.catalog import first
-from repmatch.store.factors import RawBatch
+from repmatch.store.factors import RawBatch, check_places
 from repmatch.store.health import Health, damaged_batches, folder_bytes
 from repmatch.store.mapping import MappedSegment
 from repmatch.store.records import ROW_COLUMNS
@@ -151,6 +151,7 @@ class Compaction(Health):
         for number in np.unique(where[:, 0]).tolist():
             here = np.flatnonzero(where[:, 0] == number)
             rows = where[here, 1]
+            check_places(rows, "factors")
             file = SegmentFile(self.path / "segments", number, values.shape[1])
             values[here] = MappedSegment(file, int(rows.max()) + 1).rows[rows]
         return RawBatch(

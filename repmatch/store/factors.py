@@ -28,6 +28,23 @@ _MAX_ROWS = 1 << 48
 _ATTEMPTS = 5
 
 
+def check_places(rows: NDArray[np.int64], whose: str) -> None:
+    """Refuse places in a segment that cannot be.
+
+    Args:
+        rows: (n,) numbers of rows in segments, as the catalog has them.
+        whose: what lies there, for the message.
+
+    Raises:
+        StoreCorruptError: a number is negative or beyond any segment.
+    """
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < _MAX_ROWS:
+        raise StoreCorruptError(
+            f"the catalog places {whose} at rows {int(rows.min())} to {int(rows.max())} of a segment, which makes no "
+            "sense. Restore the store from a backup."
+        )
+
+
 @dataclass(frozen=True)
 class Located:
     """Where the factors of some instances lie.
@@ -334,11 +351,7 @@ class FactorTables(Instances):
                 query += "(SELECT unnest(?::BIGINT[]))"
                 columns = conn.execute(query, [chosen, record.encoding, np.unique(wanted).tolist()]).fetchnumpy()
         keys, segments, rows = (np.asarray(columns[name], np.int64) for name in ("instance_pk", "segment_pk", "row"))
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < _MAX_ROWS:
-            raise StoreCorruptError(
-                f"the catalog places factors of {dataset!r} at rows {int(rows.min())} to {int(rows.max())} of a "
-                "segment, which makes no sense. Restore the store from a backup."
-            )
+        check_places(rows, f"factors of {dataset!r}")
         if len(keys) and not bool((np.diff(keys) > 0).all()):
             order = np.argsort(keys)
             keys, segments, rows = keys[order], segments[order], rows[order]

@@ -122,8 +122,9 @@ def space_of(text: str) -> Space:
     stored_object(text, "the record of a space")
     try:
         space = Space.from_json(text)
-        numbers = [space.rank, space.max_length, *(n for m in space.matrices for n in (m.d_out, m.d_in))]
+        numbers = [space.rank, *(n for m in space.matrices for n in (m.d_out, m.d_in))]
         sound = bool(space.matrices) and all(type(n) is int and 0 < n < 1 << 31 for n in numbers)
+        sound = sound and type(space.max_length) is int and 0 <= space.max_length < 1 << 31  # 0: no tokens are counted
         sound = sound and all(isinstance(m.name, str) for m in space.matrices) and isinstance(space.optimizer, dict)
         sound = sound and isinstance(space.model, str) and isinstance(space.alpha, float | int) and bool(space.id)
     except (TypeError, KeyError, ValueError) as error:
