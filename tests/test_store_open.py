@@ -103,7 +103,7 @@ def test_two_stores_of_one_process(tmp_path: Path) -> None:
 
 def test_reading_while_another_process_writes(tmp_path: Path) -> None:
     store, space = filled(tmp_path / "s", count=60, batch=60)
-    process = start("read", tmp_path / "s", 2.0)
+    process = start("read", tmp_path / "s", 6.0)
     with store.writing():
         for i in range(60, 600):
             if process.poll() is not None:
@@ -111,7 +111,7 @@ def test_reading_while_another_process_writes(tmp_path: Path) -> None:
             store.append("d", space.id, "float32", make_batch(make_rows(i), space))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert int(out) > 2
+    assert int(out) > 2  # complete readings; how many depends on what else the machine does
     assert i > 65
     assert store.verify() == []
 
@@ -126,7 +126,7 @@ def test_a_newer_schema(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "s")
     set_schema(tmp_path / "s", 99, 99)
     for attempt in (store.datasets, lambda: store.save_space(make_space())):
-        with pytest.raises(StoreVersionError, match=r"schema 99.*knows schema \d+.*pip install -U repmatch"):
+        with pytest.raises(StoreVersionError, match=r"schema 99.*knows schema \d+.*pip install -U .repmatch"):
             attempt()
     set_schema(tmp_path / "s", 99, 1)
     assert len(store.ids("d")) == 6
