@@ -155,7 +155,7 @@ def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]
             repmatch.Curator(store, settings=settings, progress=progress).ingest(chosen, dataset)
             if any("represent=" in candidate for candidate in part.candidates):
                 small = replace(settings, warm_start=dataset if settings.warm_start else None)
-                dev = write_dev(folder, held.read_text().splitlines(), chosen.read_text().splitlines(), name)
+                dev = write_dev(folder, rows_of(held, 10**9, 0), rows_of(chosen, 10**9, 0), name)
                 repmatch.Curator(store, settings=small).ingest(dev, f"dev-{start}")
             asked = EvaluateOptions(
                 candidates=part.candidates,

@@ -188,7 +188,7 @@ def test_what_does_not_go_together_is_refused(run: Run, toy_store: Path, monkeyp
             curator.select("toy", 2, kernel="cosine")  # type: ignore[arg-type]
         bench = SimpleNamespace(module=lambda _: object(), space=SimpleNamespace(model="theirs"))
         with pytest.raises(UsageError, match="theirs has none"):
-            curator_embeddings.embed(bench, (), ())  # type: ignore[arg-type]
+            curator_embeddings.embed(bench, (), None, ())  # type: ignore[arg-type]
 
 
 def test_a_store_without_its_cache_is_whole(run: Run, toy_store: Path) -> None:

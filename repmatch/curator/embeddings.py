@@ -77,7 +77,7 @@ def _computed(
     def make(done: int) -> Iterator[NDArray[np.float32]]:
         for lo in range(done, len(ids), CHUNK):
             some = ids[lo : lo + CHUNK]
-            yield embed(bench, known.labels, task.encode(list(store.tasks(dataset, ids=some))))
+            yield embed(bench, known.labels, task, task.encode(list(store.tasks(dataset, ids=some))))
             if curator.progress is not None:
                 curator.progress(f"embedding {dataset}", lo + len(some), len(ids))
 
@@ -100,12 +100,13 @@ def _width(bench: Workbench, labels: Sequence[str]) -> int:
     return width
 
 
-def embed(bench: Workbench, labels: Sequence[str], examples: Sequence[Example]) -> NDArray[np.float32]:
+def embed(bench: Workbench, labels: Sequence[str], task: Any, examples: Sequence[Example]) -> NDArray[np.float32]:
     """Return the mean of each instance's last hidden states over its tokens, as unit rows.
 
     Args:
         bench: the base model.
         labels: every label.
+        task: the dataset's `repmatch.curator.tasks.Task`.
         examples: n instances, tokenised.
 
     Returns:
@@ -120,7 +121,6 @@ def embed(bench: Workbench, labels: Sequence[str], examples: Sequence[Example]) 
 
     out = np.zeros((len(examples), _width(bench, labels)), np.float32)
     module: Any = bench.module(len(labels))
-    task = bench.task(labels)
     device = next(module.parameters()).device
     with torch.inference_mode():
         for at in batches_by_tokens([example.tokens for example in examples], bench.batch_tokens):

@@ -15,14 +15,7 @@ from repmatch.selectors.facility import Algorithm, facility_location
 from repmatch.selectors.features import FeatureCoverage
 from repmatch.selectors.greedy import Objective, Search
 from repmatch.selectors.medoids import k_medoids
-from repmatch.selectors.objectives import (
-    Coverage,
-    GraphCut,
-    MeanMatch,
-    Mixture,
-    SaturatedCoverage,
-    ScoreSum,
-)
+from repmatch.selectors.objectives import Coverage, GraphCut, MeanMatch, Mixture, SaturatedCoverage, ScoreSum
 from repmatch.selectors.registry import Problem, register
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.strategies import (

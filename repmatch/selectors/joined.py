@@ -47,8 +47,8 @@ class JoinedKernel(FactorKernel):
             SpaceMismatchError: candidates and represented are of different spaces.
         """
         for some in (factors, represented):
-            if some is not None and some.embeddings is None:
-                raise SelectionError("a joined kernel needs embeddings: these factors have none")
+            if some is not None:
+                _of(some)
         super().__init__(factors, represented=represented, memory_limit=memory_limit)
         self.weights = _balanced(self.represented, self.factors) if weights is None else weights
         self.resolution = 1e-6

@@ -50,7 +50,7 @@ class CachedRows:
                 continue
             width = int(match["width"])
             if path.stat().st_size == 4 * n * width and _crc(path) == int(match["crc"], 16):
-                return np.memmap(path, np.float32, "r", shape=(n, width)) if n else np.zeros((0, width), np.float32)
+                return _mapped(path, n, width)
         return None
 
     def fill(self, n: int, width: int, make: Made) -> NDArray[np.float32]:
@@ -72,10 +72,10 @@ class CachedRows:
             self._folder.mkdir(exist_ok=True)
             descriptor = open_to_write(part, os.O_RDWR | os.O_CREAT)
             try:
-                done = self._whole_rows(descriptor, n, width)
+                done = _whole_rows(part, n, width)
                 for rows in make(done):
                     data = np.ascontiguousarray(rows, np.float32)
-                    write_at(descriptor, memoryview(data.tobytes()), 4 * done * width)
+                    write_at(descriptor, data.data.cast("B"), 4 * done * width)
                     os.fdatasync(descriptor)
                     done += len(data)
                 os.ftruncate(descriptor, 4 * done * width)
@@ -87,49 +87,37 @@ class CachedRows:
             whole = part.with_name(f"{part.stem}-{_crc(part):08x}.f32")
             part.replace(whole)
             sync_folder(self._folder)
-        forget(self._folder.parent, lambda owner, name: owner == self._owner and name != whole.name)
-        found = self.read(n)
-        assert found is not None
-        return found
-
-    def _whole_rows(self, descriptor: int, n: int, width: int) -> int:
-        """Return how many rows an interrupted computation left; a row of zeros never reached the disk."""
-        count = min(n, os.fstat(descriptor).st_size // (4 * width))
-        there = np.frombuffer(os.pread(descriptor, 4 * count * width, 0), np.float32).reshape(-1, width)
-        empty = np.flatnonzero(~there.any(axis=1))
-        return int(empty[0]) if len(empty) else len(there)
+        _forget(self._folder, lambda owner, name: owner == self._owner and name != whole.name)
+        return _mapped(whole, n, width)
 
 
-def forget(store: Path, which: Callable[[str, str], bool]) -> int:
-    """Remove cached files.
-
-    Args:
-        store: the store's folder.
-        which: told a file's owner and name, whether it goes.
-
-    Returns:
-        Bytes that were freed.
-    """
-    freed = 0
-    for path in (store / FOLDER).glob("*"):
-        if path.suffix in (".f32", ".part") and which(path.name.partition("-")[0], path.name):
-            freed += path.lstat().st_size
-            path.unlink(missing_ok=True)
-    return freed
-
-
-def forget_others(store: Path, datasets: Iterable[str]) -> int:
+def forget_others(store: Path, datasets: Iterable[str]) -> None:
     """Remove what is cached for datasets that are no longer there.
 
     Args:
         store: the store's folder.
         datasets: names of those that are.
-
-    Returns:
-        Bytes that were freed.
     """
     owners = {_owner(name) for name in datasets}
-    return forget(store, lambda owner, _: owner not in owners)
+    _forget(store / FOLDER, lambda owner, _: owner not in owners)
+
+
+def _forget(folder: Path, which: Callable[[str, str], bool]) -> None:
+    """Remove the files of which the owner and the name say so."""
+    for path in folder.glob("*"):
+        if path.suffix in (".f32", ".part") and which(path.name.partition("-")[0], path.name):
+            path.unlink(missing_ok=True)
+
+
+def _mapped(path: Path, n: int, width: int) -> NDArray[np.float32]:
+    return np.memmap(path, np.float32, "r", shape=(n, width)) if n else np.zeros((0, width), np.float32)
+
+
+def _whole_rows(part: Path, n: int, width: int) -> int:
+    """Return how many rows an interrupted computation left; a row of zeros never reached the disk."""
+    there = _mapped(part, min(n, part.stat().st_size // (4 * width)), width)
+    empty = np.flatnonzero(~there.any(axis=1))
+    return int(empty[0]) if len(empty) else len(there)
 
 
 def _owner(dataset: str) -> str:
