@@ -18,8 +18,9 @@ from repmatch.curator.select_problem import Embed, Posed, ScoresOf, pose
 from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Coreset
 from repmatch.errors import UsageError
-from repmatch.selectors import FactorKernel, Selection, represent
+from repmatch.selectors import FactorKernel, Selection
 from repmatch.selectors import select as solve
+from repmatch.selectors.baselines import Represented, represent_or_stop
 
 if TYPE_CHECKING:
     import polars as pl
@@ -154,17 +155,27 @@ def select(
             selection = select_on_cluster(options.strategy, problem, cluster)
         if not selection.complete and not len(selection):
             raise KeyboardInterrupt
-        selection = replace(selection, notes=(*posed.notes, *selection.notes))
-        coreset = _coreset(name, dataset, options, posed, selection)
+        representative, similarity, cut = _own(posed, selection)
+        selection = replace(
+            selection, notes=(*posed.notes, *selection.notes, *cut), complete=selection.complete and not cut
+        )
+        coreset = _coreset(name, dataset, options, posed, selection, (representative, similarity))
         store.save_coreset(coreset, replace=may_replace)
         run.detail.update(picks=len(selection), algorithm=selection.algorithm, complete=selection.complete)
     return Selected(coreset, selection, store)
 
 
-def _coreset(name: str, dataset: str, options: SelectOptions, posed: Posed, selection: Selection) -> Coreset:
-    representative, similarity = selection.representative, selection.similarity
-    if posed.elsewhere:  # the store keeps who represents the dataset's own instances
-        representative, similarity = represent(posed.own, selection.indices, len(posed.ids))
+def _own(posed: Posed, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.float32], tuple[str, ...]]:
+    """Return who represents the dataset's own instances, for the store keeps that; see `represent_or_stop`."""
+    if posed.elsewhere:
+        return represent_or_stop(posed.own, selection.indices, len(posed.ids))
+    return selection.representative, selection.similarity, ()
+
+
+def _coreset(
+    name: str, dataset: str, options: SelectOptions, posed: Posed, selection: Selection, known: Represented
+) -> Coreset:
+    representative, similarity = known
     rows = np.argsort(posed.places)  # kept in the dataset's order
     return Coreset(
         name=name,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,6 +16,8 @@ from repmatch.selectors.spacing import Spacing
 
 CROWDED = 2.0  # picks crowd where two of them are this many times as similar as two instances
 FEW, MANY = 5, 2000  # picks that such a comparison needs, and that it looks at
+UNKNOWN = "interrupted while instances were compared with the picks: which pick represents which is not known"
+Represented: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 def top(
@@ -47,9 +52,9 @@ def top(
         picked = picked[(values[picked] >= rules.min_gain) | (np.arange(len(picked)) < len(rules.include))]
     gains = values[picked]
     value = float(gains.sum())
-    representative, similarity = represent(kernel, picked, len(values))
-    alone = tracker.costs is None and len(tracker.parts) < 2 and not len(rules.include) and rules.apart is None
     notes += _crowded(kernel, picked)
+    representative, similarity, cut = represent_or_stop(kernel, picked, len(values))
+    alone = tracker.costs is None and len(tracker.parts) < 2 and not len(rules.include) and rules.apart is None
     return Selection(
         picked,
         gains,
@@ -59,8 +64,9 @@ def top(
         similarity,
         "top",
         "sort",
-        notes,
-        cost=None if tracker.costs is None else float(tracker.costs[picked].sum()),
+        (*notes, *cut),
+        complete=not cut,
+        cost=tracker.cost(picked),
     )
 
 
@@ -87,7 +93,7 @@ def random(
     _refuse(rules, ("coverage", "min_gain"))
     tracker = rules.tracker(n, k)
     picked, notes = _in_order(np.random.default_rng(seed).permutation(n), rules, tracker, k, kernel)
-    representative, similarity = represent(kernel, picked, n)
+    representative, similarity, cut = represent_or_stop(kernel, picked, n)
     return Selection(
         picked,
         np.zeros(len(picked)),
@@ -97,15 +103,14 @@ def random(
         similarity,
         "random",
         "permutation",
-        notes,
-        cost=None if tracker.costs is None else float(tracker.costs[picked].sum()),
+        (*notes, *cut),
+        complete=not cut,
+        cost=tracker.cost(picked),
         seed=seed,
     )
 
 
-def represent(
-    kernel: Kernel | None, indices: NDArray[np.int64], n: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def represent(kernel: Kernel | None, indices: NDArray[np.int64], n: int) -> Represented:
     """Find the pick most similar to each represented instance.
 
     Args:
@@ -132,6 +137,29 @@ def represent(
         representative[better], similarity[better] = lo + best[better], reached[better]
         report(kernel, "representing", min(lo + step, len(indices)), len(indices))
     return representative, similarity
+
+
+def represent_or_stop(
+    kernel: Kernel | None, indices: NDArray[np.int64], n: int, find: Callable[[], Represented] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32], tuple[str, ...]]:
+    """Do what `represent` does; where that is interrupted, keep nothing of it: the picks are there already.
+
+    Part of it would be worse than nothing: the first picks would seem to represent all instances.
+
+    Args:
+        kernel: the similarities, or None.
+        indices: (k,) picks.
+        n: instances, where there is no kernel.
+        find: a faster way to the same, where there is one.
+
+    Returns:
+        What `represent` returns, and no notes; or -1 and 0 everywhere, and a note.
+    """
+    try:
+        return *(represent(kernel, indices, n) if find is None else find()), ()
+    except KeyboardInterrupt:
+        rows = n if kernel is None else kernel.shape[0]
+        return np.full(rows, -1, np.int64), np.zeros(rows, np.float32), (UNKNOWN,)
 
 
 def _crowded(kernel: Kernel | None, picks: NDArray[np.int64]) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def _thin(problem: Problem) -> Selection:
     check_size(problem.n, problem.k)
     kernel = problem.need_kernel()
     found = thin(kernel, rules.apart, scores=problem.scores, limit=problem.k, exclude=rules.exclude)
-    if len(found) < problem.k:
+    if found.complete and len(found) < problem.k:
         note = f"{len(found)} of {problem.k} picks: every other instance is more similar than {rules.apart} to a pick"
         found = replace(found, notes=(note,))
     return found

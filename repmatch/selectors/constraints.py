@@ -186,7 +186,8 @@ class Tracker:
     Attributes:
         allowed: (n,) bool, True where a pick is still possible.
         costs: (n,) float64 or None.
-        left: what is left of the budget.
+        budget: what all picks together may cost.
+        spent: what they cost so far, added up in their order as a reader would.
         notes: what the user should know about the quotas.
     """
 
@@ -199,7 +200,8 @@ class Tracker:
         budget: float,
         notes: tuple[str, ...],
     ) -> None:
-        self.k, self.parts, self.costs, self.left, self.notes = k, parts, costs, budget, notes
+        self.k, self.parts, self.costs, self.budget, self.notes = k, parts, costs, budget, notes
+        self.spent = 0.0
         self.allowed = ~closed
         self._close()
 
@@ -219,7 +221,7 @@ class Tracker:
         self.allowed[index] = False
         self.k -= 1
         if self.costs is not None:
-            self.left -= float(self.costs[index])
+            self.spent += float(self.costs[index])
         for part in self.parts:
             g = part.groups[index]
             part.upper[g] -= 1
@@ -233,6 +235,16 @@ class Tracker:
             mask: (n,) bool, True where no pick may be made any more.
         """
         self.allowed &= ~mask
+
+    def cost(self, picks: NDArray[np.int64]) -> float | None:
+        """Return what picks cost together, added up in their order as the budget is; None without costs.
+
+        Args:
+            picks: their positions.
+        """
+        if self.costs is None:
+            return None
+        return float(np.add.accumulate(self.costs[picks])[-1]) if len(picks) else 0.0
 
     def owed(self) -> list[str]:
         """Return what the minimums still ask for, in words."""
@@ -254,7 +266,7 @@ class Tracker:
             if not open_groups.all():
                 self.allowed &= open_groups[part.groups]
         if self.costs is not None:
-            self.allowed &= self.costs <= self.left
+            self.allowed &= self.spent + self.costs <= self.budget
 
 
 def demand(rules: Constraints, tracker: Tracker, made: int, k: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
-from repmatch.selectors.baselines import represent
+from repmatch.selectors.baselines import represent_or_stop
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.greedy import Objective, Progress
 from repmatch.selectors.kernels import Kernel
@@ -127,7 +127,7 @@ def herding_in_parts(
     wanted, within = rounds.within(pool)
     final = _herd(split(kernel, pool, pool), means[pool], wanted, within, tell.next())
     picks = pool[final.indices]
-    representative, similarity = represent(kernel, picks, n)
+    representative, similarity, cut = represent_or_stop(kernel, picks, n)
     return replace(
         final,
         indices=picks,
@@ -135,7 +135,8 @@ def herding_in_parts(
         similarity=similarity,
         algorithm="partitioned",
         reason="the first round was done on a cluster",
-        notes=(*notes, *final.notes, f"{parts} parts, {len(pool)} candidates in the second round"),
+        notes=(*notes, *final.notes, f"{parts} parts, {len(pool)} candidates in the second round", *cut),
+        complete=final.complete and not cut,
         seed=seed,
     )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
-from repmatch.selectors.baselines import represent
+from repmatch.selectors.baselines import Represented, represent, represent_or_stop
 from repmatch.selectors.constraints import Constraints, Tracker, demand, positions
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
@@ -56,7 +58,7 @@ class State(ABC):
         """Return the value of all instances together."""
         raise SelectionError("this objective does not know the value of all instances: coverage can't stop it")
 
-    def represented(self, picks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def represented(self, picks: NDArray[np.int64]) -> Represented:
         """Return each represented instance's pick and its similarity."""
         return represent(self.kernel, picks, self.n)
 
@@ -92,8 +94,16 @@ def solve(
     result = run(first, rules, rules.tracker(first.n, k), k, strategy=strategy, progress=progress)
     if rules.costs is None or not result.complete:
         return result
-    other = run(make(), rules, rules.tracker(first.n, k), k, strategy=strategy, progress=progress, by_rate=True)
-    return other if other.value > result.value else result
+    try:
+        other = run(make(), rules, rules.tracker(first.n, k), k, strategy=strategy, progress=progress, by_rate=True)
+    except KeyboardInterrupt:
+        other = None
+    better = result if other is None or other.value <= result.value else other
+    if other is None or not other.complete:
+        untold = () if better is other else ("interrupted in the second greedy, by gain per cost",)
+        return replace(better, complete=False, notes=(*better.notes, *untold))
+    bounds = [some.bound for some in (result, other) if some.bound is not None]
+    return replace(better, bound=min(bounds) if bounds else None)
 
 
 def run(
@@ -126,45 +136,57 @@ def run(
         base += state.gain(int(index))
         state.add(int(index), -1)
         near.close(int(index))
-    budget, free = tracker.left, tracker.allowed.copy()
-    first = _most(state, free, k, tracker.costs, budget)
+    budget, free = tracker.budget, tracker.allowed.copy()
+    bound = _most(state, free, k, tracker.costs, budget)
     target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
-    indices: list[int] = []
-    gains: list[float] = []
+    made: list[tuple[int, float]] = []
     notes, complete = tracker.notes, True
     try:
         for index, gain in _picks(state, rules, tracker, target - base, by_rate=by_rate):
             tracker.add(index)
-            state.add(index, len(indices))
+            state.add(index, len(made))
+            made.append((index, gain))
             near.close(index)
-            indices.append(index)
-            gains.append(gain)
             if progress is not None:
-                progress(len(indices), k)
+                progress(len(made), k)
+        gains = [gain for _, gain in made]
         notes += _ended(state, rules, tracker, gains, k, reached=base + sum(gains) >= target)
+        bound = _closer(state, free, made, k, tracker.costs, budget, bound)
     except KeyboardInterrupt:
-        complete, notes = False, (*notes, f"interrupted after {len(indices)} of {k} picks")
-    picks, value, bound = np.array(indices, np.int64), base + sum(gains), first
-    free[picks] = False
-    if complete:
-        size = len(indices) if tracker.costs is None else k
-        bound = sum(gains) + _most(state, free, size, tracker.costs, budget)
-        bound = min(bound, first) if size == k else bound
-    representative, similarity = state.represented(picks) if complete else represent(state.kernel, picks, state.n)
+        complete, notes = False, (*notes, f"interrupted after {len(made)} of {k} picks")
+    picks, gains = np.array([index for index, _ in made], np.int64), [gain for _, gain in made]
+    value = base + sum(gains)
+    found = represent_or_stop(state.kernel, picks, state.n, partial(state.represented, picks) if complete else None)
     return Selection(
         indices=picks,
         gains=np.array(gains, np.float64),
         value=value,
         bound=max(value, base + bound) if state.bounded and np.isfinite(bound) else None,
-        representative=representative,
-        similarity=similarity,
+        representative=found[0],
+        similarity=found[1],
         strategy=strategy,
         algorithm=state.name + (", gain per cost" if by_rate else ""),
-        notes=notes,
-        complete=complete,
-        cost=None if tracker.costs is None else float(tracker.costs[picks].sum()),
+        notes=(*notes, *found[2]),
+        complete=complete and not found[2],
+        cost=tracker.cost(picks),
         base=base,
     )
+
+
+def _closer(
+    state: State,
+    free: NDArray[np.bool_],
+    made: list[tuple[int, float]],
+    k: int,
+    costs: NDArray[np.float64] | None,
+    budget: float,
+    first: float,
+) -> float:
+    """Bound what as many picks can add, now that these are made; `first` bounds what k of `free` can."""
+    size, left = len(made) if costs is None else k, free.copy()
+    left[[index for index, _ in made]] = False
+    bound = sum(gain for _, gain in made) + _most(state, left, size, costs, budget)
+    return min(bound, first) if size == k else bound
 
 
 def _picks(

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.baselines import represent
+from repmatch.selectors.baselines import represent_or_stop
 from repmatch.selectors.constraints import Constraints, Partition, Positions
 from repmatch.selectors.facility import Algorithm, facility_location
 from repmatch.selectors.greedy import Progress
@@ -220,7 +220,7 @@ def partitioned(
     final = rounds.second(pool, rows, tell.next())
     picks = pool[final.indices]
     scale = n / max(1, len(rows))
-    representative, similarity = represent(whole, picks, n)
+    representative, similarity, cut = represent_or_stop(whole, picks, n)
     note = f"{parts} parts, {len(pool)} candidates in the second round, {len(rows)} of {n} instances counted"
     return replace(
         final,
@@ -232,7 +232,8 @@ def partitioned(
         similarity=similarity,
         strategy="facility-location",
         algorithm="partitioned",
-        notes=(*notes, *final.notes, note),
+        notes=(*notes, *final.notes, note, *cut),
+        complete=final.complete and not cut,
         seed=seed,
     )
 

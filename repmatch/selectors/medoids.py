@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.baselines import represent
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.facility import facility_location
 from repmatch.selectors.greedy import Progress
@@ -56,36 +55,48 @@ def k_medoids(
         return replace(start, strategy="k-medoids")
     labels = rules.stratify if rules.balance is None else rules.balance
     groups = np.zeros(given.shape[1], np.int64) if labels is None else group(labels, given.shape[1], "labels")[1]
-    swaps = _Swaps(given, start.indices, groups, np.asarray(rules.include, np.int64))
     closed = np.zeros(given.shape[1], np.bool_)
     closed[np.asarray(rules.exclude, np.int64)] = True
-    made, end = 0, f"; stopped after {passes} passes"
+    end, cut = f"; stopped after {passes} passes", False
+    swaps: _Swaps | None = None
     try:
+        swaps = _Swaps(given, start.indices, groups, np.asarray(rules.include, np.int64))
         for _ in range(passes):
-            before = made
+            before = swaps.made
             for lo in range(0, given.shape[1], BATCH):
                 batch = np.arange(lo, min(given.shape[1], lo + BATCH))
                 batch = batch[~closed[batch]]
-                made += swaps.improve(batch, given.columns(batch)) if len(batch) else 0
-            if made == before:
+                if len(batch):
+                    swaps.improve(batch, given.columns(batch))
+            if swaps.made == before:
                 end = ""
                 break
     except KeyboardInterrupt:
-        end = "; interrupted, so that more may help"
-    return _finish(given, swaps.picks, start, (*start.notes, f"{made} swaps after greedy{end}"))
+        end, cut = "; interrupted, so that more may help", True
+    made = 0 if swaps is None else swaps.made
+    notes = (*start.notes, f"{made} swaps after greedy{end}")
+    found = start if swaps is None or not made else _finish(swaps, start)
+    return replace(
+        found, strategy="k-medoids", algorithm="greedy, then swaps", notes=notes, complete=not cut, reason=""
+    )
 
 
-def _finish(kernel: Kernel, picks: NDArray[np.int64], start: Selection, notes: tuple[str, ...]) -> Selection:
-    cover, gains = np.zeros(kernel.shape[0]), []
-    for index in picks:
-        column = np.asarray(kernel.columns(np.array([index], np.int64))[:, 0], np.float64)
+def _finish(swaps: _Swaps, start: Selection) -> Selection:
+    cover, gains = np.zeros(len(swaps.columns)), []
+    for column in swaps.columns.T:
         gains.append(float(np.maximum(column - cover, 0.0).sum()))
         cover = np.maximum(cover, column)
-    representative, similarity = represent(kernel, picks, kernel.shape[1])
+    nearest = swaps.columns.argmax(axis=1)
+    representative = np.where(cover > 0.0, nearest, -1).astype(np.int64)
     value = float(cover.sum())
-    bound = None if start.bound is None else max(value, start.bound)
-    return Selection(
-        picks, np.array(gains), value, bound, representative, similarity, "k-medoids", "greedy, then swaps", notes
+    return replace(
+        start,
+        indices=swaps.picks,
+        gains=np.array(gains),
+        value=value,
+        bound=None if start.bound is None else max(value, start.bound),
+        representative=representative,
+        similarity=cover.astype(np.float32),
     )
 
 
@@ -97,7 +108,7 @@ class _Swaps:
     ) -> None:
         from repmatch.selectors import _loops
 
-        self.loops, self.kernel, self.picks, self.groups = _loops, kernel, picks.copy(), groups
+        self.loops, self.kernel, self.picks, self.groups, self.made = _loops, kernel, picks.copy(), groups, 0
         self.movable = ~np.isin(picks, fixed)
         self.columns = np.maximum(np.asarray(kernel.columns(self.picks), np.float64), 0.0)
         self._rank()
@@ -112,9 +123,8 @@ class _Swaps:
         lost = np.bincount(self.nearest, self.first - self.second, minlength=len(self.picks))
         self.loss = np.asarray(lost, np.float64)
 
-    def improve(self, batch: NDArray[np.int64], columns: Floats) -> int:
-        """Try each candidate of a batch; return how many swaps were made."""
-        made = 0
+    def improve(self, batch: NDArray[np.int64], columns: Floats) -> None:
+        """Try each candidate of a batch, and swap where that helps."""
         chosen = set(self.picks.tolist())
         for c, j in enumerate(batch.tolist()):
             if j in chosen:
@@ -127,8 +137,6 @@ class _Swaps:
             if change[p] > 1e-9 * float(self.first.sum()):
                 chosen.remove(int(self.picks[p]))
                 chosen.add(j)
-                self.picks[p] = j
-                self.columns[:, p] = np.maximum(column, 0.0)
+                self.columns[:, p], self.picks[p] = np.maximum(column, 0.0), j  # together, whenever it is interrupted
+                self.made += 1
                 self._rank()
-                made += 1
-        return made

@@ -20,12 +20,14 @@ class Selection:
             largest gains left); None where the objective gives no such certificate. k is the number of picks; of a run
             that was interrupted, the number that was wanted.
         representative: (n,) int64, for each represented instance the position in `indices` of the pick most similar to
-            it, the earliest of equals; -1 where no pick has a similarity above 0.
+            it, the earliest of equals; -1 where no pick has a similarity above 0, and everywhere where the run was
+            stopped before this was known, as `notes` say: then `similarity` is 0 and so are all weights.
         similarity: (n,) float32, similarity of each represented instance with that pick; 0 where there is none.
         strategy: name of the strategy.
         algorithm: name of the algorithm that made it.
         notes: what the user should know: quotas that could not be met, a run that was stopped.
-        complete: False where the run was stopped early; its picks are those that the whole run begins with.
+        complete: False where the run was stopped early; its picks are those that the whole run begins with, all of them
+            where it was stopped after the last; `notes` say where. Of swaps, those made by then.
         reason: why this algorithm, where it was chosen automatically.
         cost: what the picks cost together, None without costs.
         seed: of the strategies that draw, None for the others.

@@ -263,7 +263,7 @@ def k_center(
     if len(gains) and (constraints is None or not len(constraints.given)):
         gains[0] = 0.0
     free = constraints is None or not constraints.names()
-    bound = -radius / 2.0 if free and out.complete else None
+    bound = -radius / 2.0 if free and len(out) == k else None
     return replace(out, gains=gains, value=-radius, bound=bound)
 
 
@@ -284,6 +284,8 @@ def thin(
         limit: most picks.
         exclude: positions that are never picked.
 
+    KeyboardInterrupt ends it early, with the picks so far.
+
     Returns:
         The selection, as large as the order allows; every instance left out is more similar than `most` to a pick,
         unless `limit` was reached. Gains are the scores, or 1 each.
@@ -299,17 +301,22 @@ def thin(
     free = np.ones(n, np.bool_)
     free[positions(exclude, n, "exclude")] = False
     representative, similarity = np.full(n, -1, np.int64), np.zeros(n, np.float32)
-    for index in np.argsort(-values, kind="stable"):
-        if limit is not None and len(picks) >= limit:
-            break
-        if free[index]:
-            column = given.columns(np.array([index], np.int64))[:, 0]
-            free &= column <= most
-            better = column > similarity
-            representative[better], similarity[better] = len(picks), column[better]
-            free[index] = False
-            picks.append(int(index))
+    complete = True
+    try:
+        for index in np.argsort(-values, kind="stable").tolist():
+            if limit is not None and len(picks) >= limit:
+                break
+            if free[index]:
+                column = given.columns(np.array([index], np.int64))[:, 0]
+                free &= column <= most
+                free[index] = False
+                better, position = column > similarity, len(picks)
+                representative[better], similarity[better] = position, column[better]
+                picks.append(index)  # at once, whenever it is interrupted
+    except KeyboardInterrupt:
+        complete = False
     gains = values[picks]
     return Selection(
-        np.array(picks, np.int64), gains, float(gains.sum()), None, representative, similarity, "thin", "in order"
-    )
+        np.array(picks, np.int64), gains, float(gains.sum()), None, representative, similarity, "thin", "in order",
+        () if complete else (f"interrupted after {len(picks)} picks",), complete,
+    )  # fmt: skip
