@@ -214,6 +214,7 @@ def test_what_parts_can_not_keep_is_refused() -> None:
         Constraints(min_gain=0.1),
         Constraints(coverage=0.5),
         Constraints(balance=np.arange(40) % 2, groups=np.arange(40) % 2, at_least={0: 1}),
+        Constraints(balance=np.arange(40) % 2, costs=np.ones(40), budget=3.0),
     ):
         with pytest.raises(SelectionError, match="can't be selected from in parts"):
             partitioned(KERNEL, 4, constraints=rules)
@@ -381,3 +382,56 @@ def test_spacing_looks_at_all_similarities_whatever_an_algorithm_keeps(monkeypat
     found = facility_location(KERNEL, 12, constraints=Constraints(apart=0.2), algorithm="sparse")
     assert found.algorithm == "sparse"
     assert among(KERNEL, found.indices) <= 0.2
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        facility_location,
+        graph_cut,
+        lambda kernel, k, constraints: top(kernel[0], k, constraints=constraints),
+        lambda kernel, k, constraints: random(40, k, 1, constraints=constraints),
+    ],
+)
+def test_labels_take_turns_where_nobody_knows_when_the_run_ends(solve: Any) -> None:
+    labels = np.array(["a"] * 30 + ["b"] * 6 + ["c"] * 4)
+    costs = np.where(labels == "b", 3.0, 1.0)
+    for k in (12, 40):
+        found = solve(KERNEL, k, constraints=Constraints(balance=labels, costs=costs, budget=15.0))
+        counts = [int((labels[found.indices] == v).sum()) for v in "abc"]
+        assert counts == [3, 3, 3] if k == 40 else max(counts) - min(counts) <= 1
+        assert found.cost == costs[found.indices].sum() <= 15.0
+    even = solve(KERNEL, 40, constraints=Constraints(stratify=labels, costs=np.ones(40), budget=20.0))
+    assert [int((labels[even.indices] == v).sum()) for v in "abc"] == [15, 3, 2]
+
+
+def test_minimums_are_met_whatever_ends_the_run() -> None:
+    labels = np.array(["a"] * 30 + ["b"] * 10)
+    costs = np.where(labels == "b", 4.0, 1.0)
+    costs[35] = 2.0
+    for rules in (
+        {"costs": costs, "budget": 11.0},
+        {"min_gain": 1e9},
+        {"coverage": 0.05},
+    ):
+        found = facility_location(KERNEL, 40, constraints=Constraints(groups=labels, at_least={"b": 3}, **rules))
+        assert (labels[found.indices] == "b").sum() >= 3
+        if "budget" in rules:
+            assert 35 in found.indices
+            assert found.cost <= 11.0
+        else:
+            assert len(found) == (3 if "min_gain" in rules else 4)
+    for few in (top, random):
+        given: Any = (np.arange(40.0)[::-1], 40) if few is top else (40, 40)
+        found = few(*given, constraints=Constraints(groups=labels, at_least={"b": 3}, costs=costs, budget=10.0))
+        assert (labels[found.indices] == "b").sum() == 3
+    some = top(np.arange(40.0)[::-1], 40, constraints=Constraints(groups=labels, at_least={"b": 2}, min_gain=38.0))
+    assert some.indices.tolist() == [0, 1, 30, 31]
+    with pytest.raises(SelectionError, match="the minimums cost 10 at the least, more than the budget 9"):
+        facility_location(
+            KERNEL, 40, constraints=Constraints(groups=labels, at_least={"b": 3}, costs=costs, budget=9.0)
+        )
+    split = partitioned(
+        KERNEL, 12, parts=3, constraints=Constraints(groups=labels, at_least={"b": 3}, costs=costs, budget=10.0)
+    )
+    assert (labels[split.indices] == "b").sum() == 3

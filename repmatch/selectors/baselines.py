@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -49,12 +50,16 @@ def top(
     tracker = rules.tracker(len(values), k)
     picked, notes = _in_order(np.argsort(-values, kind="stable"), rules, tracker, k, kernel)
     if rules.min_gain is not None:
-        picked = picked[(values[picked] >= rules.min_gain) | (np.arange(len(picked)) < len(rules.include))]
+        enough = values[picked] >= rules.min_gain
+        if any(part.turns is not None for part in tracker.parts):  # who has no turn any more ends the run for all
+            enough = np.logical_and.accumulate(enough)
+        picked = picked[_worth(enough, picked, rules)]
     gains = values[picked]
     value = float(gains.sum())
     notes += _crowded(kernel, picked)
     representative, similarity, cut = represent_or_stop(kernel, picked, len(values))
-    alone = tracker.costs is None and len(tracker.parts) < 2 and not len(rules.include) and rules.apart is None
+    one = len(tracker.parts) < 2 and all(part.turns is None for part in tracker.parts)
+    alone = one and tracker.costs is None and not len(rules.include) and rules.apart is None
     return Selection(
         picked,
         gains,
@@ -188,7 +193,8 @@ def _in_order(
         spacing.close(index)
     picked: list[int] = []
     forced = positions(rules.include, len(order), "include").tolist()
-    for rank, index in enumerate([*forced, *order.tolist()]):
+    turns = any(part.turns is not None for part in tracker.parts)
+    for rank, index in enumerate(chain(forced, _by_turns(order, tracker) if turns else order.tolist())):
         if len(picked) == k:
             break
         if tracker.allowed[index] or rank < len(forced):  # a forced pick that is ruled out is refused with the reason
@@ -196,9 +202,27 @@ def _in_order(
             spacing.close(index)
             picked.append(index)
     notes = tracker.notes
-    if len(picked) < k and tracker.costs is None:
+    if len(picked) < k:
         notes += demand(rules, tracker, len(picked), k)
     return np.array(picked, np.int64), notes
+
+
+def _by_turns(order: NDArray[np.int64], tracker: Tracker) -> Iterator[int]:
+    """Yield the first in order that may be picked now, as long as there is one; the caller picks it."""
+    while (free := tracker.allowed[order]).any():
+        yield int(order[free.argmax()])
+
+
+def _worth(enough: NDArray[np.bool_], picked: NDArray[np.int64], rules: Constraints) -> NDArray[np.bool_]:
+    """Return which picks stay: those that gain enough, what must be there, and the best that a minimum asks for."""
+    stays = enough | (np.arange(len(picked)) < len(rules.include))
+    if rules.at_least and rules.groups is not None:
+        labels = np.asarray(list(rules.groups), object)[picked]
+        for label, low in rules.at_least.items():
+            own = labels == label
+            missing = low - int((stays & own).sum())
+            stays[np.flatnonzero(own & ~stays)[: max(0, missing)]] = True
+    return stays
 
 
 def _refuse(rules: Constraints, names: tuple[str, ...]) -> None:

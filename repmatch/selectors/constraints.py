@@ -22,10 +22,12 @@ class Constraints:
 
     Attributes:
         balance: (n,) labels; every label gets the same number of picks. A label with fewer instances gives all of
-            them and the others share the rest.
-        stratify: (n,) labels; every label gets the share it has in the dataset (largest remainder).
+            them and the others share the rest. Where a budget, min_gain or coverage ends the run nobody knows when,
+            labels take turns; one that can't be afforded any more is passed over.
+        stratify: (n,) labels; every label gets the share it has in the dataset (largest remainder; where nobody knows
+            the end, the label that lags most behind its share has its turn).
         groups: (n,) labels that `at_least` and `at_most` speak of.
-        at_least: label -> fewest picks.
+        at_least: label -> fewest picks, whatever they gain; a budget must allow for them.
         at_most: label -> most picks.
         include: positions that are picked first, in this order; they count towards k.
         exclude: positions that are never picked.
@@ -33,8 +35,9 @@ class Constraints:
         budget: what all picks together may cost; never exceeded.
         given: positions chosen before, an initial coreset: the selection adds to what they already give. They are
             neither returned nor counted nor paid for.
-        min_gain: stop before a pick that gains less.
-        coverage: stop once the value reaches this share of what all instances together reach, 0 to 1.
+        min_gain: stop before a pick that gains less, once `at_least` is met.
+        coverage: stop once the value reaches this share of what all instances together reach, 0 to 1, and `at_least` is
+            met.
         apart: no two picks, nor a pick and one given, are more similar than this; fewer than k where no more fit.
         apart_by: the similarities that `apart` speaks of; those that the picks are chosen by, unless given.
     """
@@ -89,6 +92,8 @@ class Constraints:
             raise SelectionError(f"k = {k} exceeds the {free} instances that are left after exclusion")
         for part in parts:
             part.check(k, closed, exact=costs is None)
+        if costs is not None and self.budget is not None:
+            _check_minimums(parts, closed, costs, float(self.budget))
         return Tracker(k, closed, parts, costs, np.inf if self.budget is None else float(self.budget), notes)
 
     def _check_limits(self) -> None:
@@ -112,7 +117,10 @@ class Constraints:
                 quotas, notes = equal_quotas(names, sizes, min(k, int(sizes.sum())))
             else:
                 quotas = proportional_quotas(sizes, min(k, int(sizes.sum())))
-            parts.append(Partition(kind, names, numbers, quotas, np.zeros_like(quotas)))
+            turns = None
+            if self.costs is not None or self.min_gain is not None or self.coverage is not None:
+                turns = np.maximum(sizes, 1.0) if kind == "stratify" else np.ones(len(sizes))
+            parts.append(Partition(kind, names, numbers, quotas, np.zeros_like(quotas), turns))
         if self.at_least or self.at_most:
             if self.groups is None:
                 raise SelectionError("at_least and at_most need groups: pass the labels they speak of")
@@ -151,6 +159,8 @@ class Partition:
         groups: (n,) int64, each instance's group.
         upper: (g,) int64, picks still possible.
         lower: (g,) int64, picks still owed.
+        turns: (g,) float64, shares by which groups take turns; None: they don't.
+        taken: (g,) int64, picks made, where groups take turns.
     """
 
     kind: str
@@ -158,6 +168,37 @@ class Partition:
     groups: NDArray[np.int64]
     upper: NDArray[np.int64]
     lower: NDArray[np.int64]
+    turns: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        """Start without picks."""
+        self.taken = np.zeros(len(self.names), np.int64)
+
+    def turn(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return (n,) which instances are of a group whose turn it is, among the groups that can still be picked from.
+
+        Args:
+            allowed: (n,) bool, what can be picked.
+        """
+        if self.turns is None:
+            return np.ones(len(allowed), np.bool_)
+        there = np.bincount(self.groups[allowed], minlength=len(self.names)) > 0
+        level = np.where(there, (self.taken + 0.5) / self.turns, np.inf)  # as Webster shares out seats
+        return np.asarray((level <= level.min(initial=np.inf))[self.groups])
+
+    def cheapest(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Return what the picks still owed cost at the least, and the dearest of them by group, 0 where none is owed.
+
+        Args:
+            allowed: (n,) bool, what can be picked.
+            costs: (n,) float64.
+        """
+        total, dearest = 0.0, np.zeros(len(self.names))
+        for g in np.flatnonzero(self.lower):
+            cheap = np.sort(costs[allowed & (self.groups == g)])[: self.lower[g]]
+            total += float(cheap.sum())
+            dearest[g] = cheap.max(initial=0.0)
+        return total, dearest
 
     def check(self, k: int, closed: NDArray[np.bool_], *, exact: bool) -> None:
         """Refuse quotas that can't be met.
@@ -184,7 +225,8 @@ class Tracker:
     """What may still be picked: a mask that closes as picks are made.
 
     Attributes:
-        allowed: (n,) bool, True where a pick is still possible.
+        open: (n,) bool, True where a pick is still possible, now or later.
+        allowed: (n,) bool, True where the next pick may be made.
         costs: (n,) float64 or None.
         budget: what all picks together may cost.
         spent: what they cost so far, added up in their order as a reader would.
@@ -202,7 +244,7 @@ class Tracker:
     ) -> None:
         self.k, self.parts, self.costs, self.budget, self.notes = k, parts, costs, budget, notes
         self.spent = 0.0
-        self.allowed = ~closed
+        self.open = ~closed
         self._close()
 
     def add(self, index: int) -> None:
@@ -214,11 +256,11 @@ class Tracker:
         Raises:
             SelectionError: the rules don't allow it.
         """
-        if not self.allowed[index]:
+        if not self.open[index]:
             raise SelectionError(
                 f"position {index} can't be picked: the size, a quota or the budget is used up, or a pick too similar"
             )
-        self.allowed[index] = False
+        self.open[index] = False
         self.k -= 1
         if self.costs is not None:
             self.spent += float(self.costs[index])
@@ -226,6 +268,7 @@ class Tracker:
             g = part.groups[index]
             part.upper[g] -= 1
             part.lower[g] = max(0, part.lower[g] - 1)
+            part.taken[g] += 1
         self._close()
 
     def close(self, mask: NDArray[np.bool_]) -> None:
@@ -234,7 +277,20 @@ class Tracker:
         Args:
             mask: (n,) bool, True where no pick may be made any more.
         """
-        self.allowed &= ~mask
+        self.open &= ~mask
+        self._turn()
+
+    def only_owed(self) -> bool:
+        """Leave open only what a minimum still asks for.
+
+        Returns:
+            Whether that leaves anything.
+        """
+        for part in self.parts:
+            if part.lower.any():
+                self.close((part.lower == 0)[part.groups])
+                return bool(self.allowed.any())
+        return False
 
     def cost(self, picks: NDArray[np.int64]) -> float | None:
         """Return what picks cost together, added up in their order as the budget is; None without costs.
@@ -257,16 +313,37 @@ class Tracker:
 
     def _close(self) -> None:
         if self.k <= 0:
-            self.allowed[:] = False
-            return
+            self.open[:] = False
         for part in self.parts:
             open_groups = part.upper > 0
             if part.lower.sum() >= self.k:  # every pick left is owed to some group
                 open_groups &= part.lower > 0
             if not open_groups.all():
-                self.allowed &= open_groups[part.groups]
+                self.open &= open_groups[part.groups]
         if self.costs is not None:
-            self.allowed &= self.spent + self.costs <= self.budget
+            self.open &= self.spent + self.costs <= self.budget
+            for part in self.parts:
+                if part.lower.any():  # what is owed must stay affordable; sums in another order round otherwise
+                    owed, dearest = part.cheapest(self.open, self.costs)
+                    beside = np.maximum(self.costs - dearest[part.groups], 0.0)
+                    self.open &= self.spent + owed + beside <= self.budget * (1.0 + 1e-12)
+        self._turn()
+
+    def _turn(self) -> None:
+        self.allowed = self.open.copy()
+        for part in self.parts:
+            self.allowed &= part.turn(self.open)
+
+
+def _check_minimums(
+    parts: list[Partition], closed: NDArray[np.bool_], costs: NDArray[np.float64], budget: float
+) -> None:
+    for part in parts:
+        least = part.cheapest(~closed, costs)[0]
+        if least > budget * (1.0 + 1e-12):
+            raise SelectionError(
+                f"{part.kind}: the minimums cost {least:g} at the least, more than the budget {budget:g}"
+            )
 
 
 def demand(rules: Constraints, tracker: Tracker, made: int, k: int) -> tuple[str, ...]:
@@ -284,9 +361,9 @@ def demand(rules: Constraints, tracker: Tracker, made: int, k: int) -> tuple[str
     Raises:
         SelectionError: other rules did.
     """
-    if made >= k:
-        return ()
     owed = tracker.owed()
+    if made >= k or (tracker.costs is not None and not owed):
+        return ()
     missing = "; still owed: " + ", ".join(owed) if owed else ""
     if rules.apart is None:
         raise SelectionError(f"the rules together allow only {made} of {k} picks{missing}")

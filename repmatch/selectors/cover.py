@@ -214,6 +214,11 @@ class Neighbours(Incremental):
         self.exact &= self.gains == before
         self.steps += len(raised) + 1
 
+    def beyond(self) -> float:
+        """Return what entries left out could add: a row no more than the least that was kept exceeds its cover."""
+        out = self.sparse.left_out
+        return 0.0 if out is None else float(np.maximum(out - self.cover, 0.0).sum())
+
     def ceiling(self) -> float:
         """Return Σ_i max_j K_ij over the kept candidates."""
         kept = np.diff(self.sparse.starts) > 0

@@ -54,6 +54,10 @@ class State(ABC):
     def upper(self) -> NDArray[np.float64]:
         """Return (n,) upper bounds on the gains left."""
 
+    def beyond(self) -> float:
+        """Return how much more than their gains any instances could add together: 0 where gains know of everything."""
+        return 0.0
+
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         raise SelectionError("this objective does not know the value of all instances: coverage can't stop it")
@@ -103,7 +107,7 @@ def solve(
         untold = () if better is other else ("interrupted in the second greedy, by gain per cost",)
         return replace(better, complete=False, notes=(*better.notes, *untold))
     bounds = [some.bound for some in (result, other) if some.bound is not None]
-    return replace(better, bound=min(bounds) if bounds else None)
+    return replace(better, bound=max(better.value, min(bounds)) if bounds else None)
 
 
 def run(
@@ -136,7 +140,8 @@ def run(
         base += state.gain(int(index))
         state.add(int(index), -1)
         near.close(int(index))
-    budget, free = tracker.budget, tracker.allowed.copy()
+    budget, free = tracker.budget, tracker.open.copy()
+    certain = state.bounded and not (len(rules.given) and state.beyond() > 0.0)  # else the given's value is not known
     bound = _most(state, free, k, tracker.costs, budget)
     target = np.inf if rules.coverage is None else rules.coverage * state.ceiling()
     made: list[tuple[int, float]] = []
@@ -161,7 +166,7 @@ def run(
         indices=picks,
         gains=np.array(gains, np.float64),
         value=value,
-        bound=max(value, base + bound) if state.bounded and np.isfinite(bound) else None,
+        bound=max(value, base + bound) if certain and np.isfinite(bound) else None,
         representative=found[0],
         similarity=found[1],
         strategy=strategy,
@@ -197,10 +202,12 @@ def _picks(
         gain = state.gain(forced)
         missing -= gain
         yield forced, gain
-    while missing > 0.0 and tracker.allowed.any():
-        index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None)
-        if rules.min_gain is not None and gain < rules.min_gain:
-            return
+    while tracker.allowed.any():
+        index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None) if missing > 0.0 else (-1, 0.0)
+        if index < 0 or (rules.min_gain is not None and gain < rules.min_gain):
+            if not tracker.only_owed():  # a minimum is met before anything ends the run
+                return
+            index, gain = state.best(tracker.allowed, tracker.costs if by_rate else None)
         missing -= gain
         yield index, gain
 
@@ -211,11 +218,11 @@ def _ended(
     """Say why there are fewer picks than wanted; refuse where no rule explains it."""
     made = len(gains)
     notes = _idle(state, rules, gains)
-    if made >= k or tracker.costs is not None:
+    if made >= k:
         return notes
-    if reached:
+    if reached and not tracker.owed():
         return (*notes, f"stopped at {made} of {k} picks: coverage {rules.coverage} is reached")
-    if rules.min_gain is not None and tracker.allowed.any():
+    if rules.min_gain is not None and tracker.allowed.any() and not tracker.owed():
         gain = state.best(tracker.allowed)[1]
         return (*notes, f"stopped at {made} of {k} picks: the next would gain {gain:.4g}")
     return (*notes, *demand(rules, tracker, made, k))
@@ -233,7 +240,7 @@ def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float
     """Bound what any k affordable instances can add: the k largest gains, and the fractional knapsack of all."""
     gains = np.maximum(state.upper()[free], 0.0)
     if not k or not len(gains):
-        return 0.0
+        return state.beyond()
     largest = gains if k >= len(gains) else np.partition(gains, len(gains) - k)[len(gains) - k :]
     out = float(largest.sum())
     if costs is not None and np.isfinite(out):
@@ -242,7 +249,7 @@ def _most(state: State, free: NDArray[np.bool_], k: int, costs: NDArray[np.float
         paid = np.cumsum(prices[order])
         part = np.clip((budget - (paid - prices[order])) / prices[order], 0.0, 1.0)
         out = min(out, float((gains[order] * part).sum()))
-    return out
+    return out + state.beyond()
 
 
 class Objective(ABC):

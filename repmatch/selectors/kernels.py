@@ -160,9 +160,11 @@ class FactorKernel:
 
     Attributes:
         progress: called with what is done, rows done and rows in all, while all of it is read.
+        nonnegative: no similarity is below 0.
     """
 
     progress: Callable[[str, int, int], None] | None = None
+    nonnegative = True
 
     def __init__(
         self, factors: Factors, *, represented: Factors | None = None, memory_limit: int | None = None
@@ -323,6 +325,19 @@ def among_candidates(kernel: Kernel | None) -> Kernel:
     if kernel is None or kernel.shape[0] != kernel.shape[1]:
         raise SelectionError("keeping picks apart needs the candidates' similarities with each other")
     return kernel
+
+
+def never_negative(kernel: Kernel) -> bool:
+    """Return whether no similarity is below 0, as far as the kernel can tell: objectives promise less where one is.
+
+    Args:
+        kernel: the kernel.
+    """
+    known = getattr(kernel, "nonnegative", None)
+    if known is None:
+        whole = kernel.dense()
+        known = whole is not None and bool(whole.min(initial=0.0) >= 0.0)
+    return bool(known)
 
 
 def report(kernel: Kernel, what: str, done: int, total: int) -> None:

@@ -69,7 +69,11 @@ class Rounds:
             wanted = min(len(members), max(wanted, int(quota.sum())))
         if self.rules.costs is not None and self.rules.budget is not None:
             costs = np.asarray(self.rules.costs, np.float64)[members]
-            rules = replace(rules, costs=costs, budget=max(factor * self.rules.budget, float(costs.min(initial=0.0))))
+            least = float(costs.min(initial=0.0))
+            if self.quotas is not None and rules.at_least:
+                asked = replace(self.quotas, groups=self.quotas.groups[members], lower=quota)
+                least = max(least, asked.cheapest(np.ones(len(members), np.bool_), costs)[0])
+            rules = replace(rules, costs=costs, budget=max(factor * self.rules.budget, least))
         return members, wanted, rules
 
     def first(self, members: NDArray[np.int64], progress: Progress | None) -> NDArray[np.int64]:
@@ -100,6 +104,10 @@ class Rounds:
             return out
         closed = np.asarray(self.rules.exclude, np.int64)
         for g, low in enumerate(self.quotas.lower.tolist()):
+            if low and self.rules.costs is not None:  # what a budget can pay for must be there
+                own = np.flatnonzero((self.quotas.groups == g) & ~np.isin(np.arange(len(order)), [*closed, *forced[1]]))
+                costs = np.asarray(self.rules.costs, np.float64)[own]
+                out = np.union1d(out, own[np.argsort(costs, kind="stable")[:low]])
             missing = low - int((self.quotas.groups[np.setdiff1d(out, forced[1])] == g).sum())
             if missing > 0:
                 spare = order[(self.quotas.groups[order] == g) & ~np.isin(order, np.concatenate((out, closed)))]
@@ -185,7 +193,7 @@ def partitioned(
             small: at least 3,000 proposals, if no part has to make more than k.
         represented: the second round counts a random sample of this many instances; by default as many as 1e10 pairs
             allow, and all where there are fewer.
-        constraints: every rule but min_gain and coverage; balance or stratify not together with groups.
+        constraints: every rule but min_gain and coverage; balance or stratify not together with groups or a budget.
         seed: for the parts and the sample.
         progress: called with picks made and wanted, both rounds together. KeyboardInterrupt in the second round leaves
             its picks so far; in the first it is raised, for there is nothing yet.
@@ -296,8 +304,11 @@ def unsplittable(kernel: Kernel, constraints: Constraints | None) -> str:
     for name in ("min_gain", "coverage"):
         if getattr(rules, name) is not None:
             return f"a selection with {name}"
-    if (rules.balance is not None or rules.stratify is not None) and (rules.at_least or rules.at_most):
-        return "a selection with quotas of two kinds"
+    if rules.balance is not None or rules.stratify is not None:
+        if rules.at_least or rules.at_most:
+            return "a selection with quotas of two kinds"
+        if rules.costs is not None:
+            return "a selection with a budget whose labels take turns"
     if isinstance(kernel, FactorKernel | DenseKernel) and kernel.shape[0] == kernel.shape[1] and kernel.symmetric:
         return ""
     return "a kernel that is neither factors nor a symmetric array"

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
 from repmatch.selectors.greedy import Objective
-from repmatch.selectors.kernels import DenseKernel, Kernel
+from repmatch.selectors.kernels import DenseKernel, Kernel, never_negative
 
 
 class Coverage(Objective):
@@ -34,7 +34,7 @@ class Coverage(Objective):
 class GraphCut(Objective):
     """Similar to all, unlike each other: λ Σ_i Σ_{j ∈ S} K_ij − Σ_{i, j ∈ S} K_ij (Iyer and Bilmes 2013).
 
-    Submodular for similarities of at least 0, monotone for λ ≥ 2.
+    Submodular for similarities of at least 0, monotone for λ ≥ 2; of others no certificate is given.
     """
 
     cheap = True
@@ -43,12 +43,13 @@ class GraphCut(Objective):
         """Take a square kernel.
 
         Args:
-            kernel: similarities of all instances with each other, at least 0.
+            kernel: similarities of all instances with each other.
             trade: λ; the smaller, the more different the picks.
         """
         if not trade >= 0.0:
             raise SelectionError(f"trade = {trade}: expected a number of at least 0")
-        self.kernel, self.n, self.monotone = kernel, kernel.shape[1], trade >= 2.0
+        self.kernel, self.n, self.falling = kernel, kernel.shape[1], never_negative(kernel)
+        self.monotone = self.falling and trade >= 2.0
         self.now = trade * kernel.shape[0] * kernel.means() - kernel.diagonal()
 
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -63,20 +64,21 @@ class GraphCut(Objective):
 class SaturatedCoverage(Objective):
     """Every instance is covered by all picks together, up to a share of its total: Σ_i min(Σ_{j ∈ S} K_ij, α Σ_j K_ij).
 
-    Lin and Bilmes 2011. Monotone and submodular for similarities of at least 0.
+    Lin and Bilmes 2011. Monotone and submodular; a similarity below 0 counts as 0.
     """
 
     def __init__(self, kernel: Kernel, *, saturation: float = 0.1) -> None:
         """Take a kernel.
 
         Args:
-            kernel: similarities, at least 0.
+            kernel: similarities.
             saturation: α, 0 to 1; an instance is satisfied once its picks reach this share of its total similarity.
         """
         if not 0.0 < saturation <= 1.0:
             raise SelectionError(f"saturation = {saturation}: expected above 0, at most 1")
         self.kernel, self.n = kernel, kernel.shape[1]
-        totals = kernel.means() * kernel.shape[0] if kernel.symmetric else _row_sums(kernel)
+        summed = kernel.symmetric and never_negative(kernel)
+        totals = kernel.means() * kernel.shape[0] if summed else _row_sums(kernel)
         self.limit, self.cover = saturation * totals, np.zeros(kernel.shape[0])
 
     def gains(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -290,7 +292,8 @@ def _column(kernel: Kernel | None, index: int) -> NDArray[np.float64]:
 def _row_sums(kernel: Kernel) -> NDArray[np.float64]:
     out = np.zeros(kernel.shape[0])
     for lo in range(0, kernel.shape[1], 256):
-        out += kernel.columns(np.arange(lo, min(kernel.shape[1], lo + 256))).sum(axis=1, dtype=np.float64)
+        block = kernel.columns(np.arange(lo, min(kernel.shape[1], lo + 256)))
+        out += np.maximum(block, 0.0).sum(axis=1, dtype=np.float64)
     return out
 
 

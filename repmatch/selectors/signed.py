@@ -17,6 +17,8 @@ class SignedKernel(FactorKernel):
     A cosine is the product of two unit vectors, so a whole set enters a mean through the sum of its vectors alone.
     """
 
+    nonnegative = False
+
     def __init__(
         self, factors: Factors, *, represented: Factors | None = None, memory_limit: int | None = None
     ) -> None:

@@ -25,9 +25,11 @@ class SparseKernel:
         n: candidates.
         symmetric: False: a candidate can be among an instance's nearest without the reverse.
         resolution: as of the kernel it was made from.
+        left_out: (rows,) float64, what no entry that was left out exceeds; None where those count as 0.
     """
 
     symmetric = False
+    left_out: NDArray[np.float64] | None = None
 
     def __init__(
         self,
@@ -85,7 +87,10 @@ class SparseKernel:
             _keep(block, m, neighbours[lo : lo + step], values[lo : lo + step])
             report(kernel, "comparing", min(rows, lo + step), rows)
         starts = np.arange(rows + 1, dtype=np.int64) * m
-        return cls(starts, neighbours.ravel(), values.ravel(), n, resolution=kernel.resolution)
+        out = cls(starts, neighbours.ravel(), values.ravel(), n, resolution=kernel.resolution)
+        if m < n:
+            out.left_out = np.maximum(values.min(axis=1), 0.0).astype(np.float64)
+        return out
 
     @classmethod
     def of_matrix(cls, matrix: Any) -> SparseKernel:
@@ -106,6 +111,11 @@ class SparseKernel:
             np.asarray(rows.data, np.float32 if rows.dtype == np.float32 else np.float64),
             int(rows.shape[1]),
         )
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no similarity is below 0."""
+        return bool(self.values.min(initial=0.0) >= 0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
