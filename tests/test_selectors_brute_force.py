@@ -62,6 +62,7 @@ class Case:
         self.budget = float(rng.random() * self.costs.sum()) if rng.random() < 0.5 else float(self.costs[:2].sum())
         self.costly = "budget" in names
         self.k = n if self.costly and rng.random() < 0.5 else int(rng.integers(0, n + 1))
+        self.blocking = bool(names & {"apart"} or ("groups" in names and names & {"balance", "stratify"}))
         self.rules = Constraints(
             balance=self.labels if "balance" in names else None,
             stratify=self.labels if "stratify" in names and "balance" not in names else None,
@@ -81,13 +82,11 @@ class Case:
     def count(self, s: list[int], label: str) -> int:
         return sum(self.labels[i] == label for i in s)
 
-    def allowed(self, s: list[int], quotas: dict[str, int] | None, *, short: bool = False) -> bool:
-        """Whether a selection keeps all rules; of balance and stratify the counts are given, or the most."""
+    def allowed(self, s: list[int], *, short: bool = False) -> bool:
+        """Whether a selection keeps all rules but balance and stratify; short: of the fewest picks too."""
         if set(s) & {*self.exclude, *self.given} or not set(self.include) <= set(s):
             return False
         if any(not (0 if short else self.low[v]) <= self.count(s, v) <= self.high[v] for v in self.low):
-            return False
-        if quotas is not None and any(self.count(s, v) != q for v, q in quotas.items()):
             return False
         if self.rules.apart is not None:
             near = [*s, *self.given]
@@ -95,15 +94,12 @@ class Case:
                 return False
         return not self.costly or self.costs[s].sum() <= self.budget * (1.0 + 1e-12)
 
-    def all_of(self, found: Selection) -> Iterator[list[int]]:
+    def all_of(self, size: int) -> Iterator[list[int]]:
         """Every selection that keeps the rules: of as many picks, or under a budget of any number up to k."""
-        exact = None
-        if (self.rules.balance is not None or self.rules.stratify is not None) and not self.costly:
-            exact = {v: self.count(found.indices.tolist(), v) for v in set(self.labels.tolist())}
         most = self.quotas()
-        for size in range(self.k + 1) if self.costly else (len(found),):
-            for s in map(list, combinations(range(self.n), size)):
-                if self.allowed(s, exact) and all(self.count(s, v) <= q for v, q in most.items()):
+        for count in range(self.k + 1) if self.costly else (size,):
+            for s in map(list, combinations(range(self.n), count)):
+                if self.allowed(s) and all(self.count(s, v) <= q for v, q in most.items()):
                     yield s
 
     def quotas(self) -> dict[str, int]:
@@ -212,11 +208,15 @@ def test_no_selection_that_keeps_the_rules_exceeds_the_bound(name: str, seed: in
         try:
             found = solve(case.k, case.rules)
         except SelectionError:
+            # Spacing, or two kinds of quotas, can block greedy's way; all else is refused with reason only.
+            knows_all = name.startswith("facility") and name not in ("facility partitioned", "facility stochastic")
+            if knows_all and not case.blocking:
+                assert not any(case.all_of(case.k))
             return
     picks = found.indices.tolist()
     assert len(set(picks)) == len(picks) <= case.k
     short = any("still owed" in note for note in found.notes)  # nothing far enough apart is left
-    assert case.allowed(picks, None, short="apart" in names and short), (picks, case.rules)
+    assert case.allowed(picks, short="apart" in names and short), (picks, case.rules)
     for label, most in case.quotas().items():
         count = case.count(picks, label)
         assert count <= most
@@ -244,7 +244,7 @@ def test_no_selection_that_keeps_the_rules_exceeds_the_bound(name: str, seed: in
     if found.bound is None:
         return
     assert found.value <= found.bound
-    best = max((value([*s, *case.given]) for s in case.all_of(found)), default=found.value)
+    best = max((value([*s, *case.given]) for s in case.all_of(len(found))), default=found.value)
     assert found.bound >= best - near
     assert found.certainty is not None
     base = 0.0 if name == "scores" else value(list(case.given))

@@ -71,8 +71,8 @@ class Rounds:
             costs = np.asarray(self.rules.costs, np.float64)[members]
             least = float(costs.min(initial=0.0))
             if self.quotas is not None and rules.at_least:
-                asked = replace(self.quotas, groups=self.quotas.groups[members], lower=quota)
-                least = max(least, asked.cheapest(np.ones(len(members), np.bool_), costs)[0])
+                own = replace(self.quotas, groups=groups, lower=quota)
+                least = max(least, own.cheapest(np.ones(len(members), np.bool_), costs)[0])
             rules = replace(rules, costs=costs, budget=max(factor * self.rules.budget, least))
         return members, wanted, rules
 
