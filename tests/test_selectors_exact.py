@@ -297,3 +297,44 @@ def test_one_entry_decides_whether_a_large_kernel_is_symmetric_and_finite(survey
     kernel[17, 503] = kernel[503, 17] = -np.inf
     with pytest.raises(SelectionError, match="17, 503"):
         DenseKernel(kernel, survey=survey)
+
+
+def _words(n: int, width: int, density: float) -> np.ndarray:
+    return (np.random.default_rng(1).random((n, width)) < density).astype(np.float64)
+
+
+def test_equal_gains_go_by_position_whatever_their_rounding() -> None:
+    """Features that are there or not make many gains equal: here the best of eighty picks are."""
+    x = _words(800, 400, 0.01).astype(np.longdouble)
+    total, expected, tied = np.zeros(400, np.longdouble), [], 0
+    for _ in range(300):
+        gains = x @ (np.sqrt(total + 1) - np.sqrt(total))
+        gains[expected] = -1
+        best = gains >= gains.max() - 1e-13
+        tied += best.sum() > 1
+        expected.append(int(best.argmax()))
+        total += x[expected[-1]]
+    assert tied >= 80
+    for features in (
+        x.astype(np.float64),
+        x[:, ::-1].astype(np.float64),
+        Features.of_matrix(Scipy(x.astype(np.float64))),
+    ):
+        for search in ("plain", "lazy"):
+            found = maximize(lambda f=features: FeatureCoverage(f), 300, search=search)  # type: ignore[misc]
+            assert found.indices.tolist() == expected
+            assert found.value == pytest.approx(float(np.sqrt(total).sum()), rel=1e-12)
+
+
+def test_equal_gains_of_saturated_coverage_go_by_position() -> None:
+    kernel = np.maximum(_words(150, 150, 0.05), _words(150, 150, 0.05).T)
+    exact, limit = kernel.astype(np.int64), 3 * kernel.sum(axis=1).astype(np.int64)  # in tenths
+    cover, expected = np.zeros(150, np.int64), []
+    for _ in range(60):
+        gains = np.minimum(10 * exact, (limit - cover)[:, None]).sum(axis=0)
+        gains[expected] = -1
+        expected.append(int(gains.argmax()))
+        cover = np.minimum(cover + 10 * exact[:, expected[-1]], limit)
+    for search in ("plain", "lazy"):
+        found = maximize(lambda: SaturatedCoverage(DenseKernel(kernel), saturation=0.3), 60, search=search)  # type: ignore[arg-type]
+        assert found.indices.tolist() == expected

@@ -267,16 +267,14 @@ def root_gains(
     hi: int,
     out: NDArray[np.float64],
 ) -> None:
-    """Set out[lo:hi] to Σ_f w_f (√(total_f + x_f) − √total_f)."""
-    before = 0.0
-    for f in range(total.shape[0]):
-        before += weights[f] * np.sqrt(total[f])
+    """Set out[lo:hi] to Σ_f w_f (√(total_f + x_f) − √total_f), term by term: large sums would lose its digits."""
+    before = np.sqrt(total)
     for c in range(lo, hi):
         line = features[which[c]]
-        after = 0.0
+        gain = 0.0
         for f in range(total.shape[0]):
-            after += weights[f] * np.sqrt(total[f] + line[f])
-        out[c] = after - before
+            gain += weights[f] * (np.sqrt(total[f] + line[f]) - before[f])
+        out[c] = gain
 
 
 @compiled

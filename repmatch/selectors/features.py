@@ -170,6 +170,11 @@ class FeatureCoverage(Objective):
         else:
             self.total = self.total + self.features[index]
 
+    def noise(self) -> float:
+        """Return how far rounding may put a gain off: few features with few values make many gains equal."""
+        reached = float((np.abs(self.concave(self.total)) * self.weights).sum())
+        return 8.0 * float(np.finfo(np.float64).eps) * (1.0 + reached)
+
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         x = self.features

@@ -277,6 +277,10 @@ class Objective(ABC):
     def add(self, index: int) -> None:
         """Note a pick."""
 
+    def noise(self) -> float:
+        """Return how far rounding may put a gain off: gains closer than this are equal, and go by position."""
+        return 0.0
+
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         raise SelectionError("this objective does not know the value of all instances: coverage can't stop it")
@@ -316,9 +320,9 @@ class Searched(State):
             candidates = np.sort(self.generator.choice(candidates, self.sample, replace=False))
         if self.name == "lazy":
             return self._lazy(candidates, costs)
-        gains = self._evaluate(candidates)
-        rates = gains if costs is None else gains / costs[candidates]
-        winner = int(rates.argmax())
+        gains, price = self._evaluate(candidates), np.ones(1) if costs is None else costs[candidates]
+        rates, noise = gains / price, self.objective.noise()
+        winner = int((rates + noise / price >= rates.max()).argmax())
         return int(candidates[winner]), float(gains[winner])
 
     def _evaluate(self, candidates: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -329,14 +333,14 @@ class Searched(State):
 
     def _lazy(self, candidates: NDArray[np.int64], costs: NDArray[np.float64] | None) -> tuple[int, float]:
         price = np.ones(len(candidates)) if costs is None else costs[candidates]
-        width = FIRST_BATCH
+        width, near = FIRST_BATCH, self.objective.noise() / price
         while True:
             rates = self.bounds[candidates] / price
             done = self.fresh[candidates]
             top = rates[done].max(initial=-np.inf)
-            waiting = np.flatnonzero(~done & (rates + 1e-12 * np.abs(rates) >= top))
+            waiting = np.flatnonzero(~done & (rates + 1e-12 * np.abs(rates) + 3.0 * near >= top))
             if not len(waiting):
-                winner = int(np.flatnonzero(done & (rates == top))[0])
+                winner = int(np.flatnonzero(done & (rates + near >= top))[0])
                 return int(candidates[winner]), float(self.bounds[candidates[winner]])
             if len(waiting) > width:
                 waiting = np.sort(waiting[np.argsort(-rates[waiting], kind="stable")[:width]])

@@ -91,6 +91,10 @@ class SaturatedCoverage(Objective):
         """Note a pick."""
         self.cover = np.minimum(self.cover + np.maximum(_column(self.kernel, index), 0.0), self.limit)
 
+    def noise(self) -> float:
+        """Return how far rounding may put a gain off."""
+        return 4.0 * float(np.finfo(np.float64).eps) * self.ceiling()
+
     def ceiling(self) -> float:
         """Return the value of all instances together."""
         return float(self.limit.sum())
@@ -273,6 +277,10 @@ class Mixture(Objective):
         """Note a pick."""
         for _, part in self.parts:
             part.add(index)
+
+    def noise(self) -> float:
+        """Return how far rounding may put a gain off."""
+        return float(sum(weight * part.noise() for weight, part in self.parts))
 
     def ceiling(self) -> float:
         """Return the value of all instances together."""
