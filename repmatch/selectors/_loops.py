@@ -301,13 +301,15 @@ def sparse_gains(
 @compiled_exactly
 def largest(gains: NDArray[np.float64], prices: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:
     """Return the largest gain per price of what is allowed; without prices (length 0) the largest gain."""
-    top = -np.inf
-    priced = prices.shape[0] > 0
-    for j in range(gains.shape[0]):
-        if allowed[j]:
-            rate = gains[j] / prices[j] if priced else gains[j]
-            top = max(top, rate)
-    return top
+    tops = np.full(STRIDE, -np.inf)  # side by side
+    for first in range(0, gains.shape[0], STRIDE):
+        width = min(STRIDE, gains.shape[0] - first)
+        some, there = gains[first : first + width], allowed[first : first + width]
+        for j in range(width):
+            rate = some[j] if prices.shape[0] == 0 else some[j] / prices[first + j]
+            rate = rate if there[j] else -np.inf
+            tops[j] = rate if rate > tops[j] else tops[j]
+    return float(tops.max())
 
 
 @compiled_exactly

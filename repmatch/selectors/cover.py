@@ -24,7 +24,7 @@ class Cover(State):
         rows_read: rows or columns of the kernel that were read so far.
     """
 
-    rows_read = 0
+    rows_read = 0.0
 
     def __init__(self, kernel: Kernel, start: Cover | None = None) -> None:
         from repmatch.selectors import _loops

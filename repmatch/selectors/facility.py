@@ -116,7 +116,7 @@ def _maker(kernel: Kernel, k: int, algorithm: Algorithm, seed: int) -> Callable[
     whole = kernel.dense()
     if whole is None:
         raise SelectionError(f"a kernel of shape {kernel.shape} exceeds its memory limit: use algorithm='pruned'")
-    return lambda: Whole(kernel, whole)
+    return lambda: Whole(kernel, whole, k)
 
 
 class _Lazy(Cover):

@@ -72,7 +72,7 @@ class DenseKernel:
     Attributes:
         array: (rows, n) float32 or float64 in C order.
         resolution: 0: entries are exact.
-        positive_sums: (n,) float64 sums of the columns' positive entries, where they are known already.
+        positive_sums: (n, pieces) float64 sums of each column's positive entries, where they are known already.
     """
 
     def __init__(self, array: ArrayLike, *, rectangular: bool = False, survey: bool = False) -> None:
@@ -380,14 +380,19 @@ def _surveyed(array: NDArray[np.floating[Any]]) -> NDArray[np.float64] | None:
     transpose's through one product with random numbers on both sides.
 
     Returns:
-        (n,) float64 sums of each row's positive entries; None where the array is not symmetric to the bit, or not
-        finite.
+        (n, pieces) float64 sums of each row's positive entries, one a piece of the row; None where the array is not
+        symmetric to the bit, or not finite.
     """
     from repmatch.selectors import _whole
 
     n = len(array)
     left, right = np.random.default_rng(0).integers(1, 2**32, (2, n), dtype=np.uint32)
-    words, difference, sums, positive = array.view(np.uint32), np.zeros(n, np.uint64), np.empty(n), np.empty(n)
+    words, difference, sums, positive = (
+        array.view(np.uint32),
+        np.zeros(n, np.uint64),
+        np.empty(n),
+        np.empty((n, -(-n // _whole.PIECE))),
+    )
 
     def part(lo: int, hi: int) -> None:
         difference[lo] = _whole.survey(array, words, left, right, lo, hi, sums, positive)
