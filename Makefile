@@ -89,12 +89,10 @@ bench-engine: $(STAMP) $(ENGINE_PEERS)/.installed ## Measure the factor engine b
 	$(BIN)/python benchmarks/bench_engine.py --peers $(ENGINE_PEERS)/bin/python
 
 SELECT_PEERS := build/select-peers
-# A small run through all of it: make bench-select SELECT_SIZES='--n 1000 --k 50 --runs 1' SELECT_CODES='3000 --k 100'
-bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib-py, in an environment of their own (two hours, 16 GB)
+bench-select: $(STAMP) ## Measure selection against apricot-select and submodlib-py, in an environment of their own (about two hours and 20 GB of memory)
 	test -x $(SELECT_PEERS)/bin/python || $(PYTHON) -m venv $(SELECT_PEERS)
 	$(SELECT_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check apricot-select==0.6.1 scikit-learn submodlib-py==0.0.3
 	$(BIN)/python benchmarks/bench_select.py --peers $(SELECT_PEERS)/bin/python $(SELECT_SIZES)
-	mkdir -p build
 	$(BIN)/python benchmarks/bench_select.py --codes $(SELECT_CODES) --save build/select_codes.jsonl
 
 bench-store: $(STAMP) ## Measure the store at a million instances (about ten minutes and 8 GB of disk; PEERS=python with faiss)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ ONE_THREAD = {
         "REPMATCH_THREADS",
     )
 }
+MEMORY = int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # bytes that a contestant may take
 OBJECTIVES = ("facility-location", "graph-cut", "saturated-coverage", "dpp", "feature-coverage")
 
 
@@ -62,12 +64,22 @@ def values(objective: str, folder: Path, picks: list[int]) -> float:
     return float(np.minimum(lines.sum(axis=0), contest.SATURATION * totals).sum())
 
 
+def _leave_the_machine_alone() -> None:
+    """Let a child fail where it would fill the memory, before the system ends some process for it."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
 def run_child(arguments: Sequence[str], limit: float, env: dict[str, str] | None = None) -> dict[str, Any] | str:
     """Run a child; return its JSON object, or why there is none."""
     try:
-        done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            arguments, env=env, capture_output=True, text=True, timeout=limit, preexec_fn=_leave_the_machine_alone
+        )
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
+    if done.returncode < 0 or "MemoryError" in done.stderr or "bad_alloc" in done.stderr:
+        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        return f"failed with {MEMORY / 2**30:.0f} GiB of memory: {last[:60]}"
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no reason given"])[-1][:100]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
