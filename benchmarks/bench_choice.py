@@ -67,6 +67,11 @@ STAGES = {
         Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
         Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), ALL_SIZES),
     ),
+    "finalists": (
+        Part("", ("random", "full", "embeddings"), ALL_SIZES),
+        Part("cold", ("herding", "herding+kernel=joined", FL, "joined"), ALL_SIZES),
+        Part("warm", ("herding+signed",), ALL_SIZES),
+    ),
     "wide": (
         Part("", ("random", "embeddings-k-means", "longest", "loss-high", "loss-middle", "loss-low"), ONE_SIZE),
         Part("cold", ("herding", "herding+signed", "k-center", "k-center+signed", f"{FL}+signed"), ONE_SIZE),

@@ -85,6 +85,12 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     show_default=True,
     help="What is alike: what rows teach, what they are about, or both.",
 )
+@click.option(
+    "--ensemble",
+    metavar="DATASET",
+    multiple=True,
+    help="The same rows from another start: likeness is the mean. Repeatable.",
+)
 @click.option("--mix", type=Pair(), multiple=True, help="A weight of --strategy mixture, such as top=0.5. Repeatable.")
 @click.option("--param", type=Pair(), multiple=True, help="A strategy's own number, such as trade=1.5. Repeatable.")
 @click.option("--name", help="Name of the coreset.  [default: made from the arguments]")
@@ -103,6 +109,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     repmatch select pool -k 200 --represent dev --given labelled
     repmatch select reviews -k 5% --strategy random --stratify label --seed 7
     repmatch select reviews -k 100 --kernel joined
+    repmatch select reviews -k 100 --ensemble reviews-2
     repmatch select reviews -k 100 --engine ray
     """
 )

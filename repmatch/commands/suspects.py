@@ -12,15 +12,19 @@ from repmatch.output import shorten
 @click.command()
 @click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many.")
+@click.option(
+    "--ensemble", metavar="DATASET", multiple=True, help="The same rows from another start: means count. Repeatable."
+)
 @json_option
 @pass_context
 @examples(
     """
     repmatch suspects reviews -k 50
+    repmatch suspects reviews --ensemble reviews-2
     repmatch suspects reviews --json > look-at-these.jsonl
     """
 )
-def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> None:
+def suspects(context: Context, /, dataset: str, count: int, ensemble: tuple[str, ...], as_json: bool) -> None:
     """Find likely label errors and conflicts in DATASET.
 
     Suspect is an instance with a high loss whose weight change opposes those of its nearest neighbours. Each comes with
@@ -29,7 +33,7 @@ def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> No
     from repmatch.curator.suspects import suspects as find
 
     with context.open(as_json=as_json) as store:
-        found = find(store, dataset, k=count)
+        found = find(store, dataset, k=count, ensemble=ensemble)
         wanted = {*found.ids, *(name for name in found.conflicts if name is not None)}
         rows = {} if as_json else {row.id: row for row in store.tasks(dataset, ids=sorted(wanted))}
     output = context.output
