@@ -15,6 +15,7 @@ from repmatch.curator.ensemble import side_by_side
 from repmatch.curator.suspects import suspects
 from repmatch.errors import UsageError
 from repmatch.selectors import FactorKernel, SignedKernel
+from repmatch.similarity import mean_scores
 
 
 @pytest.mark.parametrize(("encoding", "rank"), [("float32", 1), ("float16", 1), ("sign", 1), ("float32", 3)])
@@ -86,6 +87,30 @@ def test_suspects_by_several_starts(two_starts: Path, run: Run) -> None:
     wrong = run("--store", two_starts, "suspects", "toy", "--ensemble", "agian")
     assert wrong.code == 1
     assert "did you mean 'again'? Make" in wrong.err
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("where", [None, "label = 'yes'"])
+def test_neighbours_by_several_starts(two_starts: Path, signed: bool, where: str | None) -> None:
+    with repmatch.open(two_starts) as store:
+        ids = store.ids("toy")
+        parts = [store.factors(name, ids=ids) for name in ("toy", "again")]
+        scores = np.mean([mean_scores(part, part, signed=signed).astype(np.float64) for part in parts], axis=0)
+        labels = dict(zip(ids, store.column("toy", "label"), strict=True))
+        curator = repmatch.Curator(store)
+        asked = [ids[0], ids[7], ids[31]]
+        for found, own in zip(
+            curator.nearest_all("toy", asked, k=5, signed=signed, where=where, ensemble=("again",)), asked, strict=True
+        ):
+            row = scores[ids.index(own)]
+            others = [i for i in range(len(ids)) if ids[i] != own and (where is None or labels[ids[i]] == "yes")]
+            expected = sorted(others, key=lambda i: (-row[i], ids[i]))[:5]
+            assert list(found.ids) == [ids[i] for i in expected]
+            assert found.scores == pytest.approx(row[expected], abs=1e-4)
+        everything = curator.nearest("toy", ids[3], k=99, ensemble=("again",))
+        assert set(everything.ids) == {*ids} - {ids[3]}
+        with pytest.raises(UsageError, match="goes with ids"):
+            curator.nearest("toy", text="a film", ensemble=("again",))
 
 
 def test_an_ensemble_is_a_rule_of_evaluation() -> None:

@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.best import Best
+from repmatch.blocks import take
 from repmatch.datamodels import Factors, Layout, Matrix, digest
 from repmatch.errors import UnknownNameError, UsageError
+from repmatch.ranking import TIE
+from repmatch.similarity import against, mean_scores
+from repmatch.store.search import Hits
 
 if TYPE_CHECKING:
     from repmatch.store import Store
+    from repmatch.store.search import Scorer
 
 
 def with_others(store: Store, dataset: str, factors: Factors, others: Sequence[str]) -> Factors:
@@ -51,6 +57,62 @@ def with_others(store: Store, dataset: str, factors: Factors, others: Sequence[s
                 "both: ingest the same file from another start."
             ) from error
     return side_by_side(parts, names)
+
+
+def nearest_by_all(
+    store: Store,
+    dataset: str,
+    queries: Factors,
+    others: Sequence[str],
+    *,
+    k: int,
+    signed: bool = False,
+    where: str | None = None,
+    scorer: Scorer = mean_scores,
+) -> list[Hits]:
+    """Find the nearest instances by the mean over an ensemble, in one pass and bounded memory.
+
+    Args:
+        store: the store.
+        dataset: the dataset that is searched.
+        queries: instances of it, from `with_others`; each is left out of its own hits.
+        others: the ensemble's other datasets.
+        k: how many each, 1 or more.
+        signed: by the cosine of the two ΔW in place of the RepMatch score.
+        where: an SQL condition that the found instances meet.
+        scorer: computes scores of all pairs.
+
+    Returns:
+        Exact hits for each query, in order; equal scores in order of their ids.
+    """
+    wanted = None if where is None else set(store.members(store.resolve(f"{dataset}[{where}]")).ids)
+    names: list[str] = []
+
+    def exactly(query: int, places: NDArray[np.int64]) -> list[tuple[float, str]]:
+        """Return (negative score, id) of some places, best first."""
+        found = [names[place] for place in places.tolist()]
+        rows = with_others(store, dataset, store.factors(dataset, ids=found), others)
+        scores = against(take(queries, [query]), rows, signed=signed, exact=True).mean(axis=1)
+        return sorted(zip((-scores).tolist(), found, strict=True))
+
+    def settle(query: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        kept = {name for _, name in exactly(query, places)[: best.k]}
+        return np.array([place for place in places.tolist() if names[place] in kept], np.int64)
+
+    # One more than asked for: an instance finds itself first.
+    best = Best(len(queries), k + 1, TIE, np.full(len(queries), -1, np.int64), settle)
+    for part in store.iter_factors(dataset):
+        chosen = part if wanted is None else take(part, [i for i, name in enumerate(part.ids) if name in wanted])
+        if len(chosen):
+            scores = scorer(queries, with_others(store, dataset, chosen, others), signed=signed)
+            best.add(scores, len(names))
+            names += chosen.ids
+    out = []
+    for query, own in enumerate(queries.ids):
+        ranked = exactly(query, best.candidates(query)[0]) if names else []
+        hits = [(name, -score) for score, name in ranked if name != own][:k]
+        out.append(Hits(tuple(name for name, _ in hits), np.array([score for _, score in hits], np.float32)))
+    return out
 
 
 def side_by_side(parts: Sequence[Factors], names: Sequence[str]) -> Factors:
