@@ -163,6 +163,13 @@ def cluster_of(given: dict[str, Any], output: Output) -> ClusterOptions | None:
     return ClusterOptions(**asked, notice=output.hint)
 
 
+ensemble_option = click.option(
+    "--ensemble",
+    metavar="DATASET",
+    multiple=True,
+    help="The same rows from another start: likeness is the mean over all. Repeatable.",
+)
+
 epochs_option = click.option(
     "--epochs",
     type=click.IntRange(min=1),

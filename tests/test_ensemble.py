@@ -84,6 +84,14 @@ def test_suspects_by_several_starts(two_starts: Path, run: Run) -> None:
         assert found.losses == pytest.approx(expected)
     result = run("--store", two_starts, "suspects", "toy", "--ensemble", "again", "-k", 3, "--json")
     assert [o["id"] for o in result.objects] == list(found.ids[:3])
+    studied = run("--store", two_starts, "study", "field", "toy", "--field", "label", "--no-embeddings", "--json")
+    both = run(
+        *("--store", two_starts, "study", "field", "toy", "--field", "label", "--no-embeddings", "--json"),
+        *("--ensemble", "again"),
+    )
+    alone = run("--store", two_starts, "study", "field", "again", "--field", "label", "--no-embeddings", "--json")
+    means = [result.objects[0]["within"] for result in (studied, alone, both)]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-5)  # type: ignore[operator]
     wrong = run("--store", two_starts, "suspects", "toy", "--ensemble", "agian")
     assert wrong.code == 1
     assert "did you mean 'again'? Make" in wrong.err

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from repmatch.completion import complete_dataset
-from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context
+from repmatch.context import Context, device_option, ensemble_option, examples, json_option, model_option, pass_context
 from repmatch.output import printable, shorten
 
 
@@ -20,9 +20,7 @@ from repmatch.output import printable, shorten
 @click.option("-k", "count", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")
 @click.option("--signed", is_flag=True, help="By the cosine of the two ΔW, which sees labels, from -1 to 1.")
 @click.option("--where", metavar="SQL", help="Only among instances that meet this condition.  [default: among all]")
-@click.option(
-    "--ensemble", metavar="DATASET", multiple=True, help="The same rows from another start: means count. Repeatable."
-)
+@ensemble_option
 @model_option
 @device_option
 @json_option

@@ -12,6 +12,7 @@ from repmatch.context import (
     cluster_of,
     cluster_options,
     device_option,
+    ensemble_option,
     examples,
     json_option,
     model_option,
@@ -85,12 +86,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     show_default=True,
     help="What is alike: what rows teach, what they are about, or both.",
 )
-@click.option(
-    "--ensemble",
-    metavar="DATASET",
-    multiple=True,
-    help="The same rows from another start: likeness is the mean. Repeatable.",
-)
+@ensemble_option
 @click.option("--mix", type=Pair(), multiple=True, help="A weight of --strategy mixture, such as top=0.5. Repeatable.")
 @click.option("--param", type=Pair(), multiple=True, help="A strategy's own number, such as trade=1.5. Repeatable.")
 @click.option("--name", help="Name of the coreset.  [default: made from the arguments]")

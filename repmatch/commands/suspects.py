@@ -5,16 +5,14 @@ from __future__ import annotations
 import click
 
 from repmatch.completion import complete_dataset
-from repmatch.context import Context, examples, json_option, pass_context
+from repmatch.context import Context, ensemble_option, examples, json_option, pass_context
 from repmatch.output import shorten
 
 
 @click.command()
 @click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many.")
-@click.option(
-    "--ensemble", metavar="DATASET", multiple=True, help="The same rows from another start: means count. Repeatable."
-)
+@ensemble_option
 @json_option
 @pass_context
 @examples(
