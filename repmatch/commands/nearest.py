@@ -29,7 +29,7 @@ from repmatch.output import printable, shorten
     """
     repmatch nearest reviews review-17 -k 5
     repmatch nearest reviews review-17 --where "label = 'negative'"
-    repmatch nearest reviews review-17 --ensemble reviews-2
+    repmatch nearest tweets tweet-17 --ensemble tweets-2
     repmatch nearest reviews --text "a dull , endless film" --label negative
     """
 )

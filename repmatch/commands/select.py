@@ -105,7 +105,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     repmatch select pool -k 200 --represent dev --given labelled
     repmatch select reviews -k 5% --strategy random --stratify label --seed 7
     repmatch select reviews -k 100 --kernel joined
-    repmatch select reviews -k 100 --ensemble reviews-2
+    repmatch select tweets -k 10 --ensemble tweets-2
     repmatch select reviews -k 100 --engine ray
     """
 )

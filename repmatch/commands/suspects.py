@@ -18,7 +18,7 @@ from repmatch.output import shorten
 @examples(
     """
     repmatch suspects reviews -k 50
-    repmatch suspects reviews --ensemble reviews-2
+    repmatch suspects tweets --ensemble tweets-2
     repmatch suspects reviews --json > look-at-these.jsonl
     """
 )
