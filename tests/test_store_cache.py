@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -87,3 +88,23 @@ def test_rows_are_made_and_not_kept_where_the_store_may_not_be_written(
     monkeypatch.setattr(cache, "open_to_write", refuse)
     made = CachedRows(tmp_path, "toy", "a").fill(10, 4, lambda done: iter([rows[done:7], rows[7:]]))
     assert made.tolist() == rows.tolist()
+
+
+def test_what_a_killed_process_left_behind_new_rows_goes_with_the_next_compaction(tmp_path: Path) -> None:
+    folder, rows = tmp_path / "cache", np.ones((3, 4), np.float32)
+    old = CachedRows(tmp_path, "toy", "old")
+    old.fill(3, 4, lambda _: iter([rows]))
+    (kept,) = folder.iterdir()
+    data = kept.read_bytes()
+    new = CachedRows(tmp_path, "toy", "new")
+    new.fill(3, 4, lambda _: iter([2 * rows]))
+    kept.write_bytes(data)  # as if the process had died right after the new rows got their name
+    os.utime(kept, (1, 1))
+    (folder / f"{kept.name[:49]}-4.sums").write_bytes(b"")
+    CachedRows(tmp_path, "gone", "x").fill(3, 4, lambda _: iter([rows]))
+    with pytest.raises(ValueError, match="1 rows were made"):
+        CachedRows(tmp_path, "toy", "half").fill(3, 4, lambda _: iter([rows[:1]]))
+    cache.forget_others(tmp_path, ["toy"])
+    assert sorted(file.suffix for file in folder.iterdir()) == [".f32", ".part", ".sums"]
+    assert new.read(3) is not None
+    assert old.read(3) is None

@@ -143,14 +143,24 @@ def _locked(part: Path) -> Iterator[int]:
 
 
 def forget_others(store: Path, datasets: Iterable[str]) -> None:
-    """Remove what is cached for datasets that are no longer there.
+    """Remove what is cached for datasets that are no longer there, and what a killed process left behind new rows.
 
     Args:
         store: the store's folder.
         datasets: names of those that are.
     """
-    owners = {_owner(name) for name in datasets}
-    _forget(store / FOLDER, lambda owner, _: owner not in owners)
+    folder, owners = store / FOLDER, {_owner(name) for name in datasets}
+    whole = sorted(folder.glob("*.f32"), key=lambda path: path.stat().st_mtime_ns)
+    newest = {path.name.partition("-")[0]: path.name for path in whole}
+    parts = {path.stem for path in folder.glob("*.part")}
+
+    def stale(owner: str, name: str) -> bool:
+        stem, _, kind = name.rpartition(".")
+        return (
+            owner not in owners or (kind == "f32" and newest[owner] != name) or (kind == "sums" and stem not in parts)
+        )
+
+    _forget(folder, stale)
 
 
 def _forget(folder: Path, which: Callable[[str, str], bool]) -> None:
