@@ -38,10 +38,13 @@ SETS = {
 STARTS: dict[str, dict[str, Any]] = {
     "cold": {},
     "warm": {"warm_start": "640"},
+    "warm-2": {"warm_start": "640", "seed": 1},
+    "warm-3": {"warm_start": "640", "seed": 2},
     "warm 160": {"warm_start": "160"},
     "warm gradients": {"warm_start": "640", "optimizer": "sgd"},
 }
 FL = "facility-location"
+SEVERAL = ("warm-2", "warm-3")  # beside "warm", for ensembles
 ALL_SIZES, ONE_SIZE = (50, 100, 200, 500), (100,)
 
 
@@ -66,6 +69,16 @@ STAGES = {
         Part("", ("random", "full", "embeddings"), ALL_SIZES),
         Part("cold", (FL, "joined", "joined+stratify=label"), ALL_SIZES),
         Part("warm", (FL, f"{FL}+stratify=label", "joined+stratify=label"), ALL_SIZES),
+    ),
+    "finalists": (
+        Part("", ("random", "full", "embeddings"), ALL_SIZES),
+        Part("cold", ("herding", "herding+kernel=joined", FL, "joined"), ALL_SIZES),
+        Part("warm", ("herding+signed",), ALL_SIZES),
+    ),
+    "ensembles": (
+        Part("", ("random",), (50, 100)),
+        Part("warm", (FL, f"{FL}+ensemble={','.join(SEVERAL)}"), (50, 100)),
+        Part("warm", ("herding+signed", f"herding+signed+ensemble={','.join(SEVERAL)}"), (50, 100)),
     ),
     "wide": (
         Part("", ("random", "embeddings-k-means", "longest", "loss-high", "loss-middle", "loss-low"), ONE_SIZE),
@@ -157,6 +170,10 @@ def curves(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Line]]
                 small = replace(settings, warm_start=dataset if settings.warm_start else None)
                 dev = write_dev(folder, rows_of(held, 10**9, 0), rows_of(chosen, 10**9, 0), name)
                 repmatch.Curator(store, settings=small).ingest(dev, f"dev-{start}")
+            if any("ensemble=" in candidate for candidate in part.candidates):
+                for other in SEVERAL:
+                    more = repmatch.Settings(max_length=options.max_length, **STARTS[other])
+                    repmatch.Curator(store, settings=more, progress=progress).ingest(chosen, other)
             asked = EvaluateOptions(
                 candidates=part.candidates,
                 sizes=options.sizes or part.sizes,

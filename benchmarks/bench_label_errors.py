@@ -1,6 +1,7 @@
 """How well label errors are found: flip a tenth of a file's labels and look for them; see README.md beside this file.
 
     python benchmarks/bench_label_errors.py rows.jsonl --rows 2000
+    python benchmarks/bench_label_errors.py rows.jsonl --rows 2000 --starts 4
 
 Average precision: the mean, over the flipped instances, of the share of flipped ones among those ranked no lower; 0.1
 is guessing.
@@ -12,6 +13,7 @@ import argparse
 import json
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 
 import repmatch
 from repmatch.curator.embeddings import embedder
-from repmatch.curator.suspects import oppose, suspicion
+from repmatch.curator.ensemble import with_others
+from repmatch.curator.suspects import losses_of, oppose, suspicion
 
 
 def average_precision(suspect: NDArray[np.floating[Any]], wrong: NDArray[np.bool_]) -> float:
@@ -57,6 +60,18 @@ def by_probability(rows: NDArray[np.float32], labels: NDArray[np.str_], seed: in
     return found
 
 
+def ways_of(store: repmatch.Store, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return how suspect every instance is, by the mean over datasets that hold the same rows from other starts."""
+    factors = with_others(store, names[0], store.factors(names[0]), names[1:])
+    losses = np.mean([losses_of(store, name, factors.ids) for name in names], axis=0)
+    agreement = oppose(factors).agreement
+    return {
+        "suspects": suspicion(losses, agreement),
+        "loss at the start": losses,
+        "opposition of the neighbours": -agreement.astype(np.float64),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Flip labels, look for them in several ways, and print the average precision of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=2000, help="drawn at random (default 2000)")
     parser.add_argument("--share", type=float, default=0.1, help="of labels that are flipped (default 0.1)")
     parser.add_argument("--warm", default="2000", help="rows of the warm start, or none (default 2000)")
+    parser.add_argument("--starts", type=int, default=1, help="starts of other seeds, averaged (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -72,26 +88,24 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, repmatch.open(Path(folder) / "store") as store:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = repmatch.Settings(max_length=64, warm_start=options.warm)
-        curator = repmatch.Curator(store, settings=settings)
-        curator.ingest(file, "rows")
-        factors = store.factors("rows")
-        frame = store.sql("SELECT id, label, loss FROM instances ORDER BY position")
-        place = {str(row["id"]): bool(bad) for row, bad in zip(rows, wrong, strict=True)}
-        wrong = np.array([place[name] for name in factors.ids])
-        labels, losses = np.array(frame["label"].to_list()), frame["loss"].to_numpy().astype(np.float64)
-        assert tuple(frame["id"].to_list()) == factors.ids
-        agreement = oppose(factors).agreement
-        ways = {
-            "suspects": suspicion(losses, agreement),
-            "loss at the start": losses,
-            "opposition of the neighbours": -agreement,
-        }
-        embedded = embedder(repmatch.Curator(store), "rows")(factors.ids)
-    ways |= by_probability(embedded, labels, options.seed)
-    print(f"{options.file.name}: {len(wrong)} rows, {wrong.sum()} labels flipped, warm start {options.warm}")
-    for name, suspect in ways.items():
-        print(f"  {name:<48} average precision {average_precision(suspect, wrong):.3f}")
+        names = [f"rows-{number}" for number in range(options.starts)]
+        for number, name in enumerate(names):
+            settings = repmatch.Settings(max_length=64, warm_start=options.warm, seed=number)
+            repmatch.Curator(store, settings=settings).ingest(file, name)
+        ids = store.factors(names[0]).ids
+        place = {str(row["id"]): (bool(bad), row["label"]) for row, bad in zip(rows, wrong, strict=True)}
+        wrong = np.array([place[name][0] for name in ids])
+        labels = np.array([place[name][1] for name in ids])
+        single = [ways_of(store, [name]) for name in names]
+        together = ways_of(store, names)
+        embedded = embedder(repmatch.Curator(store), names[0])(ids)
+    others = by_probability(embedded, labels, options.seed)
+    start = f"warm start {options.warm}, starts {options.starts}"
+    print(f"{options.file.name}: {len(wrong)} rows, {wrong.sum()} labels flipped, {start}")
+    for name, suspect in (together | others).items():
+        each = [average_precision(ways[name], wrong) for ways in single if name in ways]
+        alone = f"; single starts {', '.join(f'{one:.3f}' for one in each)}" if len(each) > 1 else ""
+        print(f"  {name:<48} average precision {average_precision(suspect, wrong):.3f}{alone}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,22 @@ def fields(found: Sequence[FieldStudy]) -> list[str]:
     return out
 
 
+def heuristics(store: repmatch.Store, file: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Print what lies together among HANS-like pairs from a cold start, from warm ones, and by the mean of these."""
+    warm = [f"warm-{seed}" for seed in range(options.starts)]
+    for seed, name in enumerate(warm):
+        settings = repmatch.Settings(max_length=64, warm_start=options.warm, seed=seed)
+        repmatch.Curator(store, settings=settings, progress=progress).ingest(file, name)
+    told: dict[str, object] = {}
+    parts = [("cold", "hans-like", ())] + [(f"warm, seed {seed}", name, ()) for seed, name in enumerate(warm)]
+    for start, dataset, others in [*parts, (f"mean of {len(warm)} warm", warm[0], tuple(warm[1:]))]:
+        embed = embedder(repmatch.Curator(store), dataset)
+        found = [study_field(store, dataset, field, embed, ensemble=others) for field in ("heuristic", "subcase")]
+        print(f"HANS-like, {start}", "\n".join(fields(found)), sep="\n\n", end="\n\n")
+        told[start] = [one.as_json() for one in found]
+    return told
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="orders of the rows (default 3)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--warm", default="640", help="rows of the warm start for the second table (default 640)")
+    parser.add_argument("--starts", type=int, default=4, help="warm starts that are averaged (default 4)")
+    parser.add_argument("--second", action="store_true", help="the second table alone")
     parser.add_argument("--store", default="similarity/store", help="kept between runs (default similarity/store)")
     parser.add_argument("--json", type=Path, dest="json_file", help="write both tables to this file")
     options = parser.parse_args(arguments)
@@ -81,17 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.sets:
             rows = rows_of(Path(data) / f"{SETS[name]}.jsonl", options.rows, 0)
             curator.ingest(write(path.with_name(f"{name}.jsonl"), rows), name)
-        alike = study_seeds(curator.trainer, options.sets, seeds=options.seeds)
-        print("\n".join(matrix(alike)), *alike.verdict(), sep="\n\n", end="\n\n")
-        told["datasets"] = alike.as_json()
+        if not options.second:
+            alike = study_seeds(curator.trainer, options.sets, seeds=options.seeds)
+            print("\n".join(matrix(alike)), *alike.verdict(), sep="\n\n", end="\n\n")
+            told["datasets"] = alike.as_json()
         if "hans-like" in options.sets:
-            warm = repmatch.Settings(max_length=64, warm_start=options.warm)
-            repmatch.Curator(store, settings=warm, progress=progress).ingest(path.with_name("hans-like.jsonl"), "warm")
-            for start, dataset in (("cold", "hans-like"), ("warm", "warm")):
-                embed = embedder(repmatch.Curator(store), dataset)
-                found = [study_field(store, dataset, field, embed) for field in ("heuristic", "subcase")]
-                print(f"HANS-like, {start} start", "\n".join(fields(found)), sep="\n\n", end="\n\n")
-                told[start] = [one.as_json() for one in found]
+            told |= heuristics(store, path.with_name("hans-like.jsonl"), options)
     if options.json_file:
         options.json_file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

@@ -77,16 +77,12 @@ def public_names() -> dict[str, list[str]]:
         value = getattr(module, name)
         return f"{getattr(value, '__module__', module.__name__)}.{getattr(value, '__qualname__', name)}"
 
-    similarity = [
-        name
-        for name, value in vars(repmatch.similarity).items()
-        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == "repmatch.similarity"
-    ]
+    functions = [name for name in repmatch.similarity.__all__ if callable(getattr(repmatch.similarity, name))]
     classes = [name for name in repmatch.selectors.__all__ if callable(getattr(repmatch.selectors, name))]
     return {
         "repmatch": [home(repmatch, name) for name in repmatch.__all__ if name != "__version__"],
         "selectors": [home(repmatch.selectors, name) for name in classes],
-        "similarity": [f"repmatch.similarity.{name}" for name in similarity],
+        "similarity": [home(repmatch.similarity, name) for name in functions if name not in ("Blocks", "Floats")],
         "results": list(RESULTS),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,13 @@ def cluster_of(given: dict[str, Any], output: Output) -> ClusterOptions | None:
     return ClusterOptions(**asked, notice=output.hint)
 
 
+ensemble_option = click.option(
+    "--ensemble",
+    metavar="DATASET",
+    multiple=True,
+    help="The same rows from another start: likeness is the mean over all. Repeatable.",
+)
+
 epochs_option = click.option(
     "--epochs",
     type=click.IntRange(min=1),
@@ -181,7 +189,7 @@ def examples(text: str) -> Callable[[F], F]:
 
     def add(function: F) -> F:
         lines = "\n".join(f"  {line.strip()}" for line in text.strip().splitlines())
-        function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n\b\nExample:\n{lines}\n"
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n\b\nExample:\n{lines}\n"
         return function
 
     return add

@@ -57,7 +57,8 @@ class UnknownNameError(RepMatchError, KeyError):
             text += f"; known: {shown}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         else:
             text += "; there are none yet"
-        return cls(text + (f". {remedy[0].upper()}{remedy[1:]}." if remedy else ""))
+        stop = "" if text.endswith("?") else "."
+        return cls(text + (f"{stop} {remedy[0].upper()}{remedy[1:]}." if remedy else ""))
 
 
 class SpaceMismatchError(RepMatchError, ValueError):

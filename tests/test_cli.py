@@ -363,6 +363,11 @@ def test_every_help_has_a_sentence_and_an_example(name: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
+    # Paragraphs begin at one margin and are filled: no indentation of the source shows in them.
+    description = text.split("Options:")[0].split("Example:")[0]
+    blocks = [block for block in description.split("\n\n")[1:] if block.strip()]
+    for block in (b for b in blocks if not b.strip().splitlines()[0].endswith(":")):  # lists keep their own columns
+        assert not re.search(r"\S {2,}\S|^ {3,}\S", block, re.MULTILINE), block
 
 
 def test_readers_that_leave_are_no_failure_with_a_traceback(toy_store: Path) -> None:

@@ -60,6 +60,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
             write_rows(folder / f"{name}.jsonl", rows)
             curator.ingest(folder / ("reviews.jsonl" if name == "cold" else f"{name}.jsonl"), name)
         repmatch.Curator(store, str(tiny_model), rank=4).ingest(folder / "reviews.jsonl", "reviews-rank-4")
+        for name in ("tweets", "nli"):
+            again = repmatch.Settings(model=str(tiny_model), seed=1)
+            repmatch.Curator(store, settings=again).ingest(folder / f"{name}.jsonl", f"{name}-2")
         curator.select("reviews", 5, name="core")
         curator.score("reviews")
         curator.export_adapter("reviews", folder / "path/to/lora")

@@ -179,7 +179,7 @@ def test_kernel_of_mixed_encodings_and_small_blocks(monkeypatch: pytest.MonkeyPa
     signs = make_factors(11, DIMS, 1, "sign")
     floats = make_factors(11, DIMS, 1, "float32")
     expected = kernel(floats, signs)
-    for name in ("repmatch.similarity.BLOCK_BYTES", "repmatch.blocks.BLOCK_BYTES"):
+    for name in ("repmatch.similarity.sets.BLOCK_BYTES", "repmatch.blocks.BLOCK_BYTES"):
         monkeypatch.setattr(name, 1000)
     assert kernel_block(floats, signs) == pytest.approx(expected, abs=1e-5)
     assert mean_similarity(floats, signs) == pytest.approx(expected.mean(axis=1), abs=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from repmatch.completion import complete_dataset
-from repmatch.context import Context, device_option, examples, json_option, model_option, pass_context
+from repmatch.context import Context, device_option, ensemble_option, examples, json_option, model_option, pass_context
 from repmatch.output import printable, shorten
 
 
@@ -20,6 +20,7 @@ from repmatch.output import printable, shorten
 @click.option("-k", "count", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")
 @click.option("--signed", is_flag=True, help="By the cosine of the two ΔW, which sees labels, from -1 to 1.")
 @click.option("--where", metavar="SQL", help="Only among instances that meet this condition.  [default: among all]")
+@ensemble_option
 @model_option
 @device_option
 @json_option
@@ -28,6 +29,7 @@ from repmatch.output import printable, shorten
     """
     repmatch nearest reviews review-17 -k 5
     repmatch nearest reviews review-17 --where "label = 'negative'"
+    repmatch nearest tweets tweet-17 --ensemble tweets-2
     repmatch nearest reviews --text "a dull , endless film" --label negative
     """
 )
@@ -38,7 +40,7 @@ def nearest(
 
     Several IDs are answered in one pass over the store; each then has hits of its own, told apart by `query`.
     """
-    query = {name: given.pop(name) for name in ("text", "text_pair", "label", "signed", "where")}
+    query = {name: given.pop(name) for name in ("text", "text_pair", "label", "signed", "where", "ensemble")}
     with context.open(as_json=as_json) as store:
         curator = context.curator(store, **given)
         if len(instances) > 1:

@@ -12,6 +12,7 @@ from repmatch.context import (
     cluster_of,
     cluster_options,
     device_option,
+    ensemble_option,
     examples,
     json_option,
     model_option,
@@ -85,6 +86,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     show_default=True,
     help="What is alike: what rows teach, what they are about, or both.",
 )
+@ensemble_option
 @click.option("--mix", type=Pair(), multiple=True, help="A weight of --strategy mixture, such as top=0.5. Repeatable.")
 @click.option("--param", type=Pair(), multiple=True, help="A strategy's own number, such as trade=1.5. Repeatable.")
 @click.option("--name", help="Name of the coreset.  [default: made from the arguments]")
@@ -103,6 +105,7 @@ class Quota(click.ParamType[tuple[str, str, int]]):
     repmatch select pool -k 200 --represent dev --given labelled
     repmatch select reviews -k 5% --strategy random --stratify label --seed 7
     repmatch select reviews -k 100 --kernel joined
+    repmatch select tweets -k 10 --ensemble tweets-2
     repmatch select reviews -k 100 --engine ray
     """
 )

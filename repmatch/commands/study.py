@@ -9,6 +9,7 @@ import click
 from repmatch.context import (
     Context,
     device_option,
+    ensemble_option,
     epochs_option,
     examples,
     json_option,
@@ -35,12 +36,27 @@ def study() -> None:
 @click.option(
     "--embeddings/--no-embeddings", default=True, show_default=True, help="Compare with mean-pooled embeddings."
 )
+@ensemble_option
 @model_option
 @device_option
 @json_option
 @pass_context
-@examples("repmatch study field nli --field heuristic")
-def field(context: Context, /, dataset: str, field: str, embeddings: bool, as_json: bool, **given: Any) -> None:
+@examples(
+    """
+    repmatch study field nli --field heuristic
+    repmatch study field nli --field heuristic --ensemble nli-2
+    """
+)
+def field(
+    context: Context,
+    /,
+    dataset: str,
+    field: str,
+    embeddings: bool,
+    ensemble: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Do instances of DATASET that share a column's value lie together?"""
     from repmatch.curator.study.fields import study_field
 
@@ -50,7 +66,7 @@ def field(context: Context, /, dataset: str, field: str, embeddings: bool, as_js
             from repmatch.curator.embeddings import embedder
 
             embed = embedder(context.curator(store, **given), dataset)
-        found = study_field(store, dataset, field, embed)
+        found = study_field(store, dataset, field, embed, ensemble=ensemble)
     output = context.output
     output.close()
     if as_json:

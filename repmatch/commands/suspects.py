@@ -5,22 +5,24 @@ from __future__ import annotations
 import click
 
 from repmatch.completion import complete_dataset
-from repmatch.context import Context, examples, json_option, pass_context
+from repmatch.context import Context, ensemble_option, examples, json_option, pass_context
 from repmatch.output import shorten
 
 
 @click.command()
 @click.argument("dataset", shell_complete=complete_dataset)
 @click.option("-k", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many.")
+@ensemble_option
 @json_option
 @pass_context
 @examples(
     """
     repmatch suspects reviews -k 50
+    repmatch suspects tweets --ensemble tweets-2
     repmatch suspects reviews --json > look-at-these.jsonl
     """
 )
-def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> None:
+def suspects(context: Context, /, dataset: str, count: int, ensemble: tuple[str, ...], as_json: bool) -> None:
     """Find likely label errors and conflicts in DATASET.
 
     Suspect is an instance with a high loss whose weight change opposes those of its nearest neighbours. Each comes with
@@ -29,7 +31,7 @@ def suspects(context: Context, /, dataset: str, count: int, as_json: bool) -> No
     from repmatch.curator.suspects import suspects as find
 
     with context.open(as_json=as_json) as store:
-        found = find(store, dataset, k=count)
+        found = find(store, dataset, k=count, ensemble=ensemble)
         wanted = {*found.ids, *(name for name in found.conflicts if name is not None)}
         rows = {} if as_json else {row.id: row for row in store.tasks(dataset, ids=sorted(wanted))}
     output = context.output

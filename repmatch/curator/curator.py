@@ -173,6 +173,7 @@ class Curator:
         k: int = 10,
         signed: bool = False,
         where: str | None = None,
+        ensemble: Sequence[str] = (),
     ) -> neighbours.Neighbours:
         """Find the nearest instances to a stored one by id, or to a new text.
 
@@ -185,6 +186,7 @@ class Curator:
             k: how many.
             signed: by the cosine of the two ΔW in place of the RepMatch score.
             where: an SQL condition that the found instances meet.
+            ensemble: datasets that hold the same ids from other starts, for stored instances: scores are means.
 
         Returns:
             The neighbours, best first.
@@ -194,7 +196,9 @@ class Curator:
         if instance is not None:
             if text_pair is not None or label is not None:
                 raise UsageError("--text-pair and --label go with --text, not with an id.")
-            return self.nearest_all(dataset, [instance], k=k, signed=signed, where=where)[0]
+            return self.nearest_all(dataset, [instance], k=k, signed=signed, where=where, ensemble=ensemble)[0]
+        if ensemble:
+            raise UsageError("--ensemble goes with ids, not with --text.")
         row = Row("", "{}", text or "", text_pair, label or "", "", "", "", 0)
         return neighbours.nearest_to_text(self.store, dataset, row, self.settings, k=k, signed=signed, where=where)
 
@@ -206,13 +210,16 @@ class Curator:
         k: int = 10,
         signed: bool = False,
         where: str | None = None,
+        ensemble: Sequence[str] = (),
         **no: Any,
     ) -> list[neighbours.Neighbours]:
         """Find the nearest instances to each of many stored ones in one pass; see `nearest`."""
         if any(value is not None for value in no.values()):
             raise UsageError("--text, --text-pair and --label go with no id; give ids or a text, not both.")
         device = self.settings.device
-        return neighbours.nearest_to_ids(self.store, dataset, ids, k=k, signed=signed, where=where, device=device)
+        return neighbours.nearest_to_ids(
+            self.store, dataset, ids, k=k, signed=signed, where=where, device=device, ensemble=ensemble
+        )
 
     def select(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.curator.ensemble import nearest_by_all, with_others
 from repmatch.curator.settings import Settings
 from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Factors, Row
@@ -19,7 +20,7 @@ from repmatch.store.encoding import RowFormat
 if TYPE_CHECKING:
     import polars as pl
 
-    from repmatch.store import Hits, Search, Store
+    from repmatch.store import Store
     from repmatch.store.search import Scorer
 
 
@@ -57,6 +58,7 @@ def nearest_to_ids(
     signed: bool = False,
     where: str | None = None,
     device: str | None = None,
+    ensemble: Sequence[str] = (),
 ) -> list[Neighbours]:
     """Find the nearest instances to stored ones, from stored factors alone, in one pass for all of them.
 
@@ -68,6 +70,7 @@ def nearest_to_ids(
         signed: by the cosine of the two ΔW, which sees labels, in place of the RepMatch score.
         where: an SQL condition that the found instances meet.
         device: "cuda" or "cuda:N" computes there; anything else on the processor, which needs no torch.
+        ensemble: datasets that hold the same ids from other starts: scores are means over all of them.
 
     Returns:
         The neighbours of each, in order.
@@ -75,18 +78,24 @@ def nearest_to_ids(
     Raises:
         UnknownNameError: there is no such instance, or it has no factor yet.
         InputError: the factor of one is zero.
+        UsageError: a dataset of the ensemble lacks an id or cannot be put beside the others.
     """
     _check_k(k)
-    search = store.search(dataset, where=where, scorer=_scorer(device))
-    queries = search.factors(ids)
+    scorer = _scorer(device)
+    search = store.search(dataset, where=where, scorer=scorer)
+    queries = with_others(store, dataset, search.factors(ids), ensemble)
     still = np.flatnonzero(queries.norms.max(axis=1, initial=0.0) == 0.0)
     if len(still):
         raise InputError(
             f"the gradient of {ids[int(still[0])]!r} is zero in every matrix: a model learns nothing from it; nothing "
             "is near."
         )
-    hits = search.nearest(queries, k, signed=signed, exclude=ids)
-    return [_neighbours(search, hit, signed) for hit in hits]
+    if ensemble:
+        hits = nearest_by_all(store, dataset, queries, ensemble, k=k, signed=signed, where=where, scorer=scorer)
+    else:
+        hits = search.nearest(queries, k, signed=signed, exclude=ids)
+    unrelated = 0.0 if signed else chance(queries.layout)
+    return [Neighbours(dataset, hit.ids, hit.scores, signed, unrelated) for hit in hits]
 
 
 def nearest_to_text(
@@ -185,7 +194,3 @@ def _factors_of_text(store: Store, dataset: str, row: Row, labels: tuple[str, ..
         cores=parts.cores,
         space_id=space.id,
     )
-
-
-def _neighbours(search: Search, hits: Hits, signed: bool) -> Neighbours:
-    return Neighbours(search.dataset, hits.ids, hits.scores, signed, 0.0 if signed else chance(search.layout))

@@ -46,6 +46,7 @@ class SelectOptions:
         signed: by the cosine of ΔW, which tells opposite instances apart.
         kernel: "repmatch"; "embeddings" of the base model; or "joined", both together, each with the same weight on
             average. Embeddings are made when they are first asked for, and kept in the store.
+        ensemble: datasets that hold the same ids from other starts or models; likeness is the mean over all of them.
         mix: strategy -> weight, for the strategy "mixture".
         parameters: numbers of the strategy's own, such as graph cut's "trade".
         seed: for strategies that draw.
@@ -74,6 +75,7 @@ class SelectOptions:
     features: Sequence[str] = ()
     signed: bool = False
     kernel: KernelName = "repmatch"
+    ensemble: Sequence[str] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -100,7 +102,7 @@ class SelectOptions:
                 values = [f"{self.quota_field}={key}:{number}" for key, number in value.items()]
             elif isinstance(value, dict):
                 values = [f"{key}={number:g}" for key, number in value.items()]
-            elif name in ("matrices", "features"):
+            elif name in ("matrices", "features", "ensemble"):
                 values = value
             else:
                 values = [f"<{len(value)} ids>" if isinstance(value, list) else str(value)]
@@ -167,6 +169,7 @@ class SelectArguments(TypedDict, total=False):
     features: Sequence[str]
     signed: bool
     kernel: KernelName
+    ensemble: Sequence[str]
     mix: Mapping[str, float]
     parameters: Mapping[str, float]
     seed: int

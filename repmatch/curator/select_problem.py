@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
+from repmatch.curator.ensemble import with_others
 from repmatch.curator.id_order import in_id_order
 from repmatch.curator.select_features import features_of
 from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
@@ -83,7 +84,11 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
     if options.k is None and not any(getattr(options, name) is not None for name in NEEDS_NO_SIZE):
         raise UsageError("say how many to pick with -k, or what ends the selection: a budget, a gain or a coverage.")
     kernel = _kernel_of(options)
-    sets = _Sets(store, options, embed)
+    if options.ensemble and "kernel" not in entry.needs:
+        raise UsageError(
+            f"--ensemble goes with strategies that compare instances, and {options.strategy} compares none."
+        )
+    sets = _Sets(store, dataset, options, embed)
     chosen, places, notes = sets.ready(dataset, stored)
     rules = _constraints(store, dataset, options, chosen.ids)
     scores = None
@@ -159,10 +164,11 @@ def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
 def _matrices(factors: Factors, patterns: Sequence[str]) -> Factors:
     if not patterns:
         return factors
-    kept = [i for i, name in enumerate(factors.matrices) if any(fnmatchcase(name, p) for p in patterns)]
-    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in factors.matrices)]
+    names = [name.partition("@")[0] for name in factors.matrices]  # an ensemble's say whose they are
+    kept = [i for i, name in enumerate(names) if any(fnmatchcase(name, p) for p in patterns)]
+    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
     if unused:
-        known = ", ".join(factors.matrices)
+        known = ", ".join(dict.fromkeys(names))
         raise UsageError(f"no matrix matches {unused[0]!r}; expected patterns such as '*.value' over: {known}.")
     return choose_matrices(factors, kept)
 
@@ -189,12 +195,14 @@ class _Sets:
     """Sets of instances, with all that the kernel reads of them."""
 
     store: Store
+    dataset: str
     options: SelectOptions
     embed: Embed
 
     def ready(self, dataset: str, stored: Factors) -> tuple[Factors, NDArray[np.int64], tuple[str, ...]]:
         """Return factors in order of ids, where each lay before, and a note where they are too many to be sorted."""
-        chosen, places = _matrices(stored, self.options.matrices), np.arange(len(stored))
+        whole = with_others(self.store, dataset, stored, self.options.ensemble)
+        chosen, places = _matrices(whole, self.options.matrices), np.arange(len(stored))
         notes: tuple[str, ...] = ()
         if self.options.strategy not in IN_ROW_ORDER:
             chosen, places, done = in_id_order(chosen)
@@ -208,6 +216,12 @@ class _Sets:
         ids = self.store.members(subset).ids
         if not ids:
             raise UsageError(f"--{option} {name} has no instances.")
+        if self.options.ensemble and subset.dataset != self.dataset:
+            raise UsageError(
+                f"--{option} {name} is of the dataset {subset.dataset!r}, and --ensemble knows other starts of "
+                f"{self.dataset!r} alone; name a part of that one, such as "
+                f"'{self.dataset}[SQL]', or leave --ensemble out."
+            )
         return self.ready(subset.dataset, self.store.factors(subset.dataset, ids=ids))[0]
 
 

@@ -6,6 +6,7 @@ are found by RepMatch, and the signed cosine tells whether they pull the same wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import take
+from repmatch.curator.ensemble import with_others
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError, UsageError
 from repmatch.similarity import mean_scores
@@ -146,19 +148,20 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return ranks
 
 
-def suspects(store: Store, dataset: str, *, k: int = 20) -> Suspects:
+def suspects(store: Store, dataset: str, *, k: int = 20, ensemble: Sequence[str] = ()) -> Suspects:
     """Find likely label errors and conflicts, each with the instance that opposes it most.
 
     Args:
         store: the store.
         dataset: the dataset's name; its factors should come from a warm start.
         k: how many; all of them where k exceeds the dataset.
+        ensemble: datasets that hold the same ids from other starts: losses and cosines are means over all of them.
 
     Returns:
         The suspects, worst first.
 
     Raises:
-        UsageError: k is below 1.
+        UsageError: k is below 1, or a dataset of the ensemble lacks an id or cannot be put beside the others.
         SelectionError: the dataset has fewer than two factors.
     """
     if k < 1:
@@ -166,10 +169,9 @@ def suspects(store: Store, dataset: str, *, k: int = 20) -> Suspects:
     factors = store.factors(dataset)
     if len(factors) < 2:
         raise SelectionError(f"the dataset {dataset!r} has {len(factors)} factors; suspects are told from two or more.")
-    frame = store.sql("SELECT id, loss FROM instances WHERE dataset = ? AND loss IS NOT NULL", [dataset])
-    held = dict(zip(frame["id"].to_list(), frame["loss"].to_list(), strict=True))
-    losses = np.array([held[name] for name in factors.ids], np.float64)
-    asked = oppose(factors)
+    both = with_others(store, dataset, factors, ensemble)
+    losses = np.mean([losses_of(store, name, factors.ids) for name in (dataset, *ensemble)], axis=0)
+    asked = oppose(both)
     found = suspicion(losses, asked.agreement)
     worst = sorted(range(len(found)), key=lambda i: (-found[i], factors.ids[i]))[:k]
     opposed = asked.cosine[worst] < 0
@@ -184,3 +186,19 @@ def suspects(store: Store, dataset: str, *, k: int = 20) -> Suspects:
         np.where(opposed, asked.cosine[worst], np.float32(0.0)),
         store.space(factors.space_id).warm_start is not None,
     )
+
+
+def losses_of(store: Store, dataset: str, ids: Sequence[str]) -> NDArray[np.float64]:
+    """Return the loss of instances at the start.
+
+    Args:
+        store: the store.
+        dataset: the dataset's name.
+        ids: n ids of it that have a factor.
+
+    Returns:
+        (n,) float64.
+    """
+    frame = store.sql("SELECT id, loss FROM instances WHERE dataset = ? AND loss IS NOT NULL", [dataset])
+    held = dict(zip(frame["id"].to_list(), frame["loss"].to_list(), strict=True))
+    return np.array([held[name] for name in ids], np.float64)

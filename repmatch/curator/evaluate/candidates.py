@@ -32,11 +32,12 @@ BASELINES = {
 }
 ALWAYS = ("random", "full", "longest", "embeddings")
 MOST_EMBEDDED = 30_000  # rows whose n × n similarities are held, 3.6 GB
-_RULE = re.compile(r"(balance|stratify|kernel|matrices|represent)=(.+)")
+_RULE = re.compile(r"(balance|stratify|kernel|matrices|represent|ensemble)=(.+)")
 _NO_RULES = {"full": "the full dataset takes", "embeddings-k-means": "picks of clusters take"}
-_ONLY_STRATEGIES = "signed, kernel=NAME, matrices=PATTERN and represent=NAME"
+_ONLY_STRATEGIES = "signed, kernel=NAME, matrices=PATTERN, represent=NAME and ensemble=NAME"
 GRAMMAR = (
-    "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, kernel=NAME, matrices=PATTERN, represent=NAME"
+    "NAME, or NAME+RULE+... with balance=FIELD, stratify=FIELD, signed, kernel=NAME, matrices=PATTERN, represent=NAME, "
+    "ensemble=NAME,NAME,..."
 )
 
 
@@ -54,6 +55,7 @@ class Candidate:
         kernel: what is alike, as `SelectOptions` names it; None: the usual.
         matrices: pattern of the matrices that count.
         represent: the set that the picks should stand for.
+        ensemble: datasets with the same ids from other starts, separated by commas.
     """
 
     text: str
@@ -65,6 +67,7 @@ class Candidate:
     kernel: KernelName | None = None
     matrices: str | None = None
     represent: str | None = None
+    ensemble: str | None = None
 
     @property
     def drawn(self) -> bool:
@@ -82,7 +85,7 @@ def parse(text: str) -> Candidate:
 
     Args:
         text: "NAME", or "NAME+RULE+..." with the rules balance=FIELD, stratify=FIELD, signed, kernel=NAME,
-            matrices=PATTERN and represent=NAME; the last four go with strategies only.
+            matrices=PATTERN, represent=NAME and ensemble=NAME,...; the last five go with strategies only.
 
     Returns:
         The candidate.
@@ -188,6 +191,7 @@ class Pool:
             kernel=candidate.kernel or "repmatch",
             matrices=() if candidate.matrices is None else (candidate.matrices,),
             represent=candidate.represent,
+            ensemble=() if candidate.ensemble is None else [name.strip() for name in candidate.ensemble.split(",")],
         )
         return found.ids
 

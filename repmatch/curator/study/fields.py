@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import take
+from repmatch.curator.ensemble import with_others
 from repmatch.curator.study.nearest import expected, precision
 from repmatch.errors import SelectionError
 from repmatch.similarity import chance, kernel_block, mean_similarity
@@ -95,7 +96,12 @@ class FieldStudy:
 
 
 def study_field(
-    store: Store, dataset: str, field: str, embed: Callable[[tuple[str, ...]], NDArray[np.float32]] | None = None
+    store: Store,
+    dataset: str,
+    field: str,
+    embed: Callable[[tuple[str, ...]], NDArray[np.float32]] | None = None,
+    *,
+    ensemble: Sequence[str] = (),
 ) -> FieldStudy:
     """Study a column.
 
@@ -104,6 +110,7 @@ def study_field(
         dataset: the dataset's name.
         field: a column with 2 to 100 values; rows without one are left out.
         embed: gives (n, d) unit rows for ids, to compare with; None: no comparison.
+        ensemble: datasets that hold the same ids from other starts; likeness is the mean over all of them.
 
     Returns:
         The study.
@@ -111,9 +118,10 @@ def study_field(
     Raises:
         UnknownNameError: no such column.
         SelectionError: fewer than two values, or too many.
+        UsageError: a dataset of the ensemble lacks an id or cannot be put beside the others.
     """
     held = dict(zip(store.ids(dataset), store.column(dataset, field), strict=True))
-    factors = store.factors(dataset)
+    factors = with_others(store, dataset, store.factors(dataset), ensemble)
     kept = [i for i, name in enumerate(factors.ids) if held[name] is not None]
     factors = take(factors, kept)
     column = np.asarray([str(held[name]) for name in factors.ids], dtype=object).astype(str)

@@ -22,13 +22,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in range(0, len(hidden), rows):
             part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
             logits = functional.linear(part, weight, bias).float()
-            total = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses.append((total - logits.gather(1, wanted))[:, 0])
+            chosen, peak = logits.gather(1, wanted), logits.amax(dim=1, keepdim=True)
+            # In place, and each exponential once: the logits are not needed any more.
+            powers = logits.sub_(peak).exp_()
+            total = powers.sum(dim=1, keepdim=True)
+            losses.append((total.log() + peak - chosen)[:, 0])
             if ctx.needs_input_grad[0]:
-                # ∂L/∂logits is the softmax less one at the wanted token; the logits are not needed any more.
-                softmax = logits.sub_(total).exp_()
-                softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
-                gradients.append((softmax.to(weight.dtype) @ weight).to(hidden.dtype))
+                # ∂L/∂logits is the softmax less one at the wanted token.
+                mean = (powers.to(weight.dtype) @ weight).float() / total
+                gradients.append((mean - weight[wanted[:, 0]]).to(hidden.dtype))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
         return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
