@@ -41,7 +41,7 @@ class Order:
 
 ORDERS = {
     "ingest": Order("ingest {place}/more.jsonl --dataset toy", grows=True),
-    "ingest warm": Order("ingest {place}/rows.jsonl --dataset warm --model {place}/model --warm-start", grows=True),
+    "ingest warm": Order("ingest {place}/rows.jsonl --dataset warm --model {place}/model --warm-start 8", grows=True),
     "ingest shard": Order(
         "ingest {place}/more.jsonl --dataset toy --model {place}/model --shard 2/2", base="none", grows=True
     ),
