@@ -71,7 +71,10 @@ lock: $(STAMP) ## Write requirements.lock again: every dependency with the hashe
 
 audit: $(STAMP) ## Ask PyPI's advisories about every dependency of requirements.lock (needs the network; fails where one cannot be asked about)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,audit]'
-	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
+	@$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock || { printf '%s\n' \
+	  "audit: not passed. Either an advisory is listed above, or PyPI's advisories could not be asked: a connection error," \
+	  "or a package 'not found on PyPI' that is there, says that this machine reaches no index, or a mirror without them." \
+	  "Then nothing was audited: run it where PyPI itself can be reached." >&2; exit 1; }
 
 bench: $(STAMP) ## Run the measurements (slow; see benchmarks/README.md)
 	$(BIN)/python benchmarks/bench_main_job.py

@@ -65,15 +65,16 @@ class Log:
             failed = f"locked: {error}"
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
-        self._say({"op": name, "ms": 1000 * (time.perf_counter() - began), "failed": failed})
+        self.say({"op": name, "ms": 1000 * (time.perf_counter() - began), "failed": failed})
         now = time.monotonic()
         if now - self._sampled > 5:
             self._sampled = now
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self._say({"at": now - self._began, "rss": pages * os.sysconf("SC_PAGE_SIZE")})
+            self.say({"at": now - self._began, "rss": pages * os.sysconf("SC_PAGE_SIZE")})
         return out
 
-    def _say(self, value: dict[str, Any]) -> None:
+    def say(self, value: dict[str, Any]) -> None:
+        """Add a line."""
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
 
@@ -114,7 +115,9 @@ def write(path: str, seconds: float, instances: int, out: str) -> None:
                 old = ids[: len(ids) - instances + 500]
                 log.time("delete", lambda o=old: store.delete("d", ids=o, coresets=True))  # type: ignore[misc]
             if turn % 60 == 0:
-                log.time("compact", store.compact)
+                done = log.time("compact", store.compact)
+                if done is not None:
+                    log.say({"compacted": [done.before, done.after], "instances": len(store.ids("d"))})
             time.sleep(0.02)
 
 
@@ -166,6 +169,10 @@ def summarise(logs: dict[str, list[dict[str, Any]]]) -> bool:
             grows = max(line["at"] for line in lines if "rss" in line) > 280 and thirds[2] > 1.1 * thirds[1]
             wrong |= grows
             print(f"{name:<10}" + "".join(f"{t:>8.0f}" for t in thirds) + ("  GROWS" if grows else ""))
+    done = [(*line["compacted"], line["instances"]) for line in logs["writer"] if "compacted" in line]
+    shown = done[:: max(1, len(done) // 8)]
+    print(f"\n{len(done)} compactions, MB before -> after (instances): ", end="")
+    print(", ".join(f"{before / 1e6:.0f} -> {after / 1e6:.0f} ({n})" for before, after, n in shown))
     return wrong
 
 
@@ -204,8 +211,17 @@ def main() -> int:
             continue  # a file went while they were counted
     logs = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
     wrong = summarise(logs) or any(process.exitcode for process in (first, *others))
-    shown = sizes[:: max(1, len(sizes) // 8)]
+    shown = sizes[:: max(1, len(sizes) // 12)]
     print("\nstore, MB, over time: " + ", ".join(f"{mb:.0f} at {at / 60:.1f} min" for at, mb in shown))
+    largest = [
+        max(mb for _, mb in part)
+        for part in (sizes[i * len(sizes) // 6 : (i + 1) * len(sizes) // 6] for i in range(6))
+        if part
+    ]
+    print("store, MB, largest of each sixth of the time: " + ", ".join(f"{mb:.0f}" for mb in largest))
+    if options.minutes >= 30 and largest[-1] > 1.1 * largest[-4]:
+        wrong = True
+        print("the store GROWS")
     with stores.open(path, mode="w") as store:
         done, findings, left = store.compact(), store.verify(), len(store.ids("d"))
     print(f"last compaction: {done.before / 1e6:.1f} MB before, {done.after / 1e6:.1f} MB after, {left} instances left")

@@ -95,11 +95,12 @@ def test_cached_rows_survive_an_interruption_and_no_damage(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         cached.fill(10, 4, until(6))
     assert cached.read(10) is None
-    (part,) = (tmp_path / "cache").iterdir()
+    (part,) = (tmp_path / "cache").glob("*.part")
     with part.open("ab") as file:
         file.write(b"\0" * 21)  # a torn row and one that never reached the disk
     assert cached.fill(10, 4, until(10)).tolist() == rows.tolist()
     assert seen == [0, 2, 4, 6, 8]
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".f32"]
     kept = cached.read(10)
     assert kept is not None
     assert kept.tolist() == rows.tolist()

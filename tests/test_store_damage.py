@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -156,6 +157,26 @@ def test_an_emptied_write_ahead_log_is_found(tmp_path: Path, caplog: pytest.LogC
     with stores.open(path, mode="w") as store:
         assert len(store.ids("d")) >= reported
         assert store.verify() == []
+
+
+@pytest.mark.parametrize("at", [5, 11, 34])  # its version, the database that it belongs to, the checkpoint it follows
+def test_a_write_ahead_log_whose_head_is_damaged_costs_nothing_that_the_journals_hold(tmp_path: Path, at: int) -> None:
+    path, log = tmp_path / "s", tmp_path / "s" / "catalog.duckdb.wal"
+    filled(path)
+    program = "import duckdb, os, sys; c = duckdb.connect(sys.argv[1]); c.execute(sys.argv[2]); os._exit(9)"
+    change = "INSERT INTO registry.meta VALUES ('note', 'one commit more')"
+    subprocess.run([sys.executable, "-c", program, str(path / "catalog.duckdb"), change], check=False)
+    data = bytearray(log.read_bytes())
+    data[at] ^= 4
+    log.write_bytes(data)
+    with pytest.raises(StoreCorruptError, match="is damaged"):
+        stores.open(path, mode="r").ids("d")
+    with stores.open(path) as store:
+        report = store.repair()
+        assert report.findings
+        assert report.left == ()
+        assert any("wal" in name for name in report.set_aside)
+        assert store.ids("d") == [f"r{i}" for i in range(6)]
 
 
 def flip(path: Path, at: int) -> None:

@@ -14,6 +14,7 @@ from store_worker import filled, make_batch, make_row, make_rows, make_space, pr
 from repmatch import store as stores
 from repmatch.datamodels import Adapter, Coreset
 from repmatch.errors import StoreCorruptError, StoreError, UnknownNameError, UsageError
+from repmatch.store.salvage import Salvage
 from repmatch.store.segment import HEADER_BYTES
 
 
@@ -391,6 +392,30 @@ def test_a_lost_catalog_is_rebuilt_from_the_journals(tmp_path: Path, how: str) -
     assert again.info()["uuid"] == uuid
     assert again.adapter("abc") is not None
     assert again.verify() == []
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_a_reader_on_its_way_never_mixes_up_who_is_deleted_and_added_after_a_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: bool
+) -> None:
+    store, space = filled(tmp_path / "s")
+    store.delete("d", ids=["r5"])  # the last one, whose key must not go to another
+    store.compact()
+    store.append("d", space.id, "float32", make_batch(make_rows(6), space))
+    with stores.open(tmp_path / "s", mode="r") as reader:
+        parts = reader.iter_factors("d", size=4)
+        seen = [next(parts)]
+        store.delete("d", ids=["r6"])
+        store.compact()
+        monkeypatch.setattr(Salvage, "has_core", core)  # tables are copied, or all is entered again from the journals
+        with store._locked():
+            store._rebuild()
+        store.append("d", space.id, "float32", make_batch(make_rows(5, 8, 9), space))  # a deleted id is free again
+        seen += list(parts)
+    assert [name for part in seen for name in part.ids] == ["r0", "r1", "r2", "r3", *(["r4"] if core else [])]
+    assert content(store) == expected(0, 1, 2, 3, 4, 5, 8, 9)
+    assert store.ids("d") == ["r0", "r1", "r2", "r3", "r4", "r5", "r8", "r9"]
+    assert store.verify() == []
 
 
 @pytest.mark.parametrize("encoding", ["float32", "sign"])

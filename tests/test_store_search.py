@@ -253,3 +253,50 @@ def test_scores_on_a_device(tmp_path: Path, encoding: str, rank: int, signed: bo
     for a, b in zip(here.nearest_to(["n5", "n6"], 9), there.nearest_to(["n5", "n6"], 9), strict=True):
         assert a.ids == b.ids
         np.testing.assert_array_equal(a.scores, b.scores)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "sign"])
+def test_instances_deleted_while_a_search_is_open_are_found_no_more(tmp_path: Path, encoding: str) -> None:
+    with stored(tmp_path / "s", encoding, 1, 120) as store:
+        search = store.search("d")
+        assert len(search._breaks) == 0 or search._breaks.max() < 120
+        query = store.factors("d", ids=["n5"])
+        best = search.nearest(query, 6)[0].ids
+        store.delete("d", ids=best[1:4])
+        store.append("d", query.space_id, encoding, FactorBatch((make_row("new", label="a", n=0),), *_filler()))  # type: ignore[arg-type]
+        found = search.nearest(query, 6)[0]
+        assert not set(found.ids) & {*best[1:4], "new"}
+        assert found.ids[:3] == (best[0], *best[4:6])
+        assert [hit.ids for hit in search.nearest_to(["n5", best[0]], 3)] == [
+            hit.ids for hit in store.search("d", where="id <> 'new'").nearest_to(["n5", best[0]], 3)
+        ]
+        store.delete("d", where="true")
+        assert search.nearest(query, 6)[0].ids == ()
+
+
+def test_mean_similarity_leaves_out_what_is_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stored(tmp_path / "s", "float32", 1, 60) as store:
+        before = store.mean_similarity("d", "d[n < 20]")
+        project = searching.mean_projectors
+
+        def delete_first(parts: object) -> object:
+            out = project(parts)  # type: ignore[arg-type]
+            store.delete("d", where="n >= 50")
+            return out
+
+        monkeypatch.setattr(searching, "mean_projectors", delete_first)
+        found = store.mean_similarity("d", "d[n < 20]")
+        assert found["id"].to_list() == store.ids("d")
+        assert found.equals(before.filter(before["id"].is_in(store.ids("d"))))
+
+
+def _filler() -> tuple[object, ...]:
+    ones = np.ones(1, np.float32)
+    return (
+        np.ones((1, sum(DIMS)), np.float32),
+        None,
+        np.ones((1, len(DIMS)), np.float32),
+        ones,
+        ones.astype(int),
+        ones > 2,
+    )

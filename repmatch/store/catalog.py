@@ -41,6 +41,7 @@ PATIENCE = 30.0
 _DAMAGE = (
     *("corrupt", "checksum", "not a valid duckdb", "internal error", "serialization", "deserialize"),
     *("could not read enough bytes", "could not read all bytes"),
+    *("wal does not match", "failed to read wal of version", "but the wal checkpoint", "unordered_map::at"),
 )
 
 

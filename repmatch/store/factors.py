@@ -25,7 +25,7 @@ from repmatch.store.segment import SegmentFile, SegmentHeader
 
 logger = logging.getLogger(__name__)
 _MAX_ROWS = 1 << 48
-_ATTEMPTS = 5
+ATTEMPTS = 5
 
 
 def check_places(rows: NDArray[np.int64], whose: str) -> None:
@@ -309,7 +309,7 @@ class FactorTables(Instances):
 
     def _locate(self, dataset: str, space_id: str | None, ids: Sequence[str] | None) -> Located:
         """Look up where factors lie and map their segments; again where a compaction moves them meanwhile."""
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             found = self._look_up(dataset, space_id, ids)
             numbers, last = np.unique(found.segments), found.rows
             try:
@@ -325,7 +325,7 @@ class FactorTables(Instances):
             except (StoreCorruptError, FileNotFoundError):
                 with self._reading() as conn:
                     known = {row[0] for row in conn.execute("SELECT pk FROM registry.segments").fetchall()}
-                if attempt + 1 == _ATTEMPTS or known.issuperset(numbers.tolist()):
+                if attempt + 1 == ATTEMPTS or known.issuperset(numbers.tolist()):
                     raise
         raise AssertionError("unreachable")
 

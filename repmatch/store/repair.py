@@ -151,7 +151,8 @@ class Repair(Removal):
         else:
             uuid, copies = self._uncertain_segments()
             aside += copies
-            new.create((old.uuid if old is not None else None) or uuid)
+            spent = None if old is None else old.keep_spent
+            new.create((old.uuid if old is not None else None) or uuid, fill=spent)
             recover(new, self.path)
             if old is not None:
                 with new._opened(read_only=False, files=True) as conn:

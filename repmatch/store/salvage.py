@@ -9,8 +9,9 @@ from typing import Any
 
 from repmatch.errors import StoreCorruptError
 from repmatch.store import migrations
-from repmatch.store.catalog import _gate, confine, hide_progress
+from repmatch.store.catalog import _gate, confine, first, hide_progress
 from repmatch.store.meta import check_objects, read_meta
+from repmatch.store.records import SPENT_INSTANCES
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,13 @@ class Salvage:
 
     Attributes:
         uuid: the store's UUID, None where it cannot be read.
+        spent: the largest key that an instance is known to have had; 0 where that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.uuid: str | None = None
+        self.spent = 0
         self._schema = 0
         self._whole: set[str] = set()
         with _gate(path).lock:
@@ -51,6 +54,7 @@ class Salvage:
         try:
             meta = read_meta(conn)
             self.uuid, self._schema = meta["uuid"], int(meta["schema"])
+            self.spent = max(0, int(meta.get(SPENT_INSTANCES, "0")))
             columns = conn.execute(
                 "SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = 'registry' AND NOT internal"
             ).fetchall()
@@ -71,6 +75,8 @@ class Salvage:
         for table, column in columns:
             wanted.setdefault(table, set()).add(column)
         self._whole = {table for table, names in wanted.items() if sound[table] == names}
+        if "pk" in sound.get("instances", ()):
+            self.spent = max(self.spent, first(conn.execute("SELECT coalesce(max(pk), 0) FROM registry.instances"))[0])
         conn.close()
         return sound
 
@@ -93,12 +99,22 @@ class Salvage:
         """Whether every instance, batch and factor can be read: then nothing needs the journals."""
         return self._schema == migrations.schema() and self._is_whole(*CORE)
 
+    def keep_spent(self, conn: Any) -> None:
+        """Keep a new catalog from keys that instances had in this one: a reader may still hold them.
+
+        Args:
+            conn: a connection for writing to a catalog without rows.
+        """
+        if self.spent:
+            conn.execute("INSERT INTO registry.meta VALUES (?, ?)", [SPENT_INSTANCES, str(self.spent)])
+
     def fill(self, conn: Any) -> None:
         """Copy every sound table into a new catalog as it is.
 
         Args:
             conn: a connection for writing to a catalog without rows.
         """
+        self.keep_spent(conn)
         with _attached(conn, self.path):
             for table in (*CORE, *_OTHERS):
                 if self._is_whole(table):

@@ -16,6 +16,7 @@ from repmatch.datamodels import Encoding, Factors, Layout, Space
 from repmatch.errors import SpaceMismatchError, StoreError, UnknownNameError, UsageError
 from repmatch.ranking import TIE
 from repmatch.similarity import against, mean_projectors, mean_scores, similarity_to
+from repmatch.store.factors import ATTEMPTS
 from repmatch.store.members import MemberTables
 
 if TYPE_CHECKING:
@@ -54,11 +55,15 @@ class Hits:
         return pl.DataFrame({"rank": range(1, len(self.ids) + 1), "id": self.ids, "score": self.scores})
 
 
+class _DeletedError(StoreError):
+    """Hits were deleted between the look-up of the factors and that of the ids."""
+
+
 class Search:
     """The factors of a dataset as they were committed when the search was opened.
 
     Ids stay in the catalog: only those of results are read. Segments are mapped, and pages are given back as a scan
-    passes them.
+    passes them. Instances that are deleted meanwhile are found no more.
 
     Args:
         store: the store.
@@ -183,6 +188,23 @@ class Search:
     def _nearest(self, queries: Factors, k: int, signed: bool, exclude: NDArray[np.int64] | None) -> list[Hits]:
         if k < 1:
             raise UsageError(f"k = {k} is out of range: expected 1 or more")
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._found(queries, k, signed, exclude)
+            except _DeletedError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                self._let_go()
+        raise AssertionError("unreachable")
+
+    def _let_go(self) -> None:
+        """Leave out the instances that were deleted since the factors were located."""
+        left = [key for rows in self._store._chunks(np.sort(self.keys), "i.pk", 65536) for (key,) in rows]
+        self._located = self._located.part(np.isin(self.keys, np.asarray(left, np.int64), assume_unique=True))
+        for name in ("_by_key", "_breaks"):
+            self.__dict__.pop(name, None)
+
+    def _found(self, queries: Factors, k: int, signed: bool, exclude: NDArray[np.int64] | None) -> list[Hits]:
         skip = np.full(len(queries), -1, np.int64)
         if exclude is not None:
             skip = _places(self._located.keys, self._by_key, exclude)
@@ -236,9 +258,7 @@ class Search:
         order = np.argsort(keys, kind="stable")
         names = self._store._ids_of(keys[order])
         if len(names) != len(keys):
-            raise StoreError(
-                f"instances of {self.dataset!r} were deleted while this search was open; open another search."
-            )
+            raise _DeletedError(f"instances of {self.dataset!r} are deleted faster than they are searched; try again.")
         return dict(zip(places[order].tolist(), names, strict=True))
 
     def blocks(self, queries: int = 1) -> Iterator[tuple[int, Factors]]:
@@ -363,4 +383,6 @@ class Searches(MemberTables):
         scores = [similarity_to(part, projectors) for _, part in search.blocks()]
         keys, found = search.keys, np.concatenate(scores) if scores else np.empty(0, np.float32)
         order = np.argsort(keys, kind="stable")
-        return pl.DataFrame({"id": self._ids_of(keys[order]), "score": found[order]})
+        names = dict(row for rows in self._chunks(keys[order], "i.pk, i.id", 65536) for row in rows)
+        there = order if len(names) == len(keys) else order[np.isin(keys[order], list(names))]  # else some were deleted
+        return pl.DataFrame({"id": list(names.values()), "score": found[there]})

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from campaign import child, commands, company, damage, kills, limits
+from campaign import cached, child, commands, company, damage, kills, limits
 from campaign.tally import Outcome, Tally
 
 Act = Callable[[Path, random.Random], Outcome]
@@ -36,8 +36,10 @@ SHARES = {
     "two writers": 3,
     "ten readers": 2,
     "hang": 3,
-    "command": 8,
+    "cache": 4,
+    **{f"command {name}": 0.7 for name in commands.ORDERS},
 }
+GROUPS = {"command": [kind for kind in SHARES if kind.startswith("command ")]}
 
 
 def acts(folder: Path, seed: int, heavy: bool = True) -> dict[str, Act]:
@@ -60,10 +62,10 @@ def acts(folder: Path, seed: int, heavy: bool = True) -> dict[str, Act]:
 
     made: list[commands.Commands] = []
 
-    def command(place: Path, rng: random.Random) -> Outcome:
+    def command(place: Path, rng: random.Random, name: str) -> Outcome:
         if not made:  # a model and six stores: only where they are needed
             made.append(commands.Commands(folder / "commands"))
-        return commands.command(place, rng, made[0])
+        return commands.command(place, rng, made[0], name)
 
     def struck(place: Path, rng: random.Random) -> Outcome:
         return damage.damage(place, rng, bases, rng.choice(damage.TARGETS), rng.choice(damage.WAYS))
@@ -80,14 +82,16 @@ def acts(folder: Path, seed: int, heavy: bool = True) -> dict[str, Act]:
         "two writers": company.two_writers,
         "ten readers": company.ten_readers,
         "hang": partial(company.hang, costs=costs, bases=quiet),
-        "command": command,
+        "cache": partial(cached.cache, bases=quiet),
+        **{f"command {name}": partial(command, name=name) for name in commands.ORDERS},
     }
 
 
 def order(trials: int, only: Sequence[str], seed: int) -> list[tuple[str, int]]:
     """Return kind and seed of each trial; of kinds chosen by name, as many as asked for of each in turn."""
     if only:
-        return [(only[i % len(only)], seed + i) for i in range(trials)]
+        named = [kind for name in only for kind in GROUPS.get(name, [name])]
+        return [(named[i % len(named)], seed + i) for i in range(trials)]
     rng = random.Random(seed)
     kinds = rng.choices(list(SHARES), weights=list(SHARES.values()), k=max(0, trials - len(SHARES)))
     every = [*list(SHARES)[:trials], *kinds]  # each kind once before chance decides
@@ -106,7 +110,7 @@ def run(
     Args:
         trials: how many.
         seed: of the first trial; the others count on from it.
-        only: kinds, all by default.
+        only: kinds or groups of them, all by default.
         folder: where to work; what went wrong stays there.
         stop: no further trial is begun when it is set.
 
@@ -117,7 +121,7 @@ def run(
     work = Path(tempfile.mkdtemp(prefix="campaign-")) if folder is None else folder
     work.mkdir(parents=True, exist_ok=True)
     work.chmod(0o755)
-    found = acts(work / "sound", 0, heavy=not only or "command" in only)
+    found = acts(work / "sound", 0, heavy=not only or any(kind.startswith("command") for kind in only))
     for at, (kind, own) in enumerate(order(trials, only, seed)):
         if stop is not None and stop.is_set():
             break
@@ -135,7 +139,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the first trial (default 0)")
-    parser.add_argument("--only", nargs="+", default=[], choices=[*SHARES], metavar="KIND", help=", ".join(SHARES))
+    kinds = [*SHARES, *GROUPS]
+    parser.add_argument("--only", nargs="+", default=[], choices=kinds, metavar="KIND", help=", ".join(kinds))
     options = parser.parse_args()
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())  # the trial under way is finished, and the tally printed

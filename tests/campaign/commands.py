@@ -26,7 +26,8 @@ class Order:
     """A command to be killed.
 
     Attributes:
-        arguments: of the command line; {place} is the folder with rows, model and stores.
+        arguments: of the command line; {place} is the folder with rows, model and stores, {store} the store, {out} the
+            folder beside it.
         base: the store it works on, a folder beside them.
         grows: whether a part of what it adds may be there, committed bit by bit; otherwise all or nothing.
         again: whether it may be run again when it had done all.
@@ -40,14 +41,26 @@ class Order:
 
 ORDERS = {
     "ingest": Order("ingest {place}/more.jsonl --dataset toy", grows=True),
+    "ingest warm": Order("ingest {place}/rows.jsonl --dataset warm --model {place}/model --warm-start 8", grows=True),
+    "ingest shard": Order(
+        "ingest {place}/more.jsonl --dataset toy --model {place}/model --shard 2/2", base="none", grows=True
+    ),
     "score": Order("score toy --epochs 1", grows=True),
+    "compare": Order("compare toy toy[stars<3] --epochs 1", grows=True),
+    "study seeds": Order("study seeds toy --seeds 2 --epochs 1 --no-halves", grows=True),
     "select": Order("select toy -k 5 --name core", again=False),
+    "select top": Order("select toy -k 5 --strategy top --name core", grows=True, again=False),
+    "select embeddings": Order("select toy -k 5 --kernel embeddings --name core", again=False),
+    "select joined": Order("select toy -k 5 --kernel joined --name core", again=False),
+    "study field": Order("study field toy --field label"),
     "delete": Order("delete toy --where stars=1", again=False),
+    "delete all": Order("delete gone --all", again=False),
     "compact": Order("compact"),
     "migrate": Order("compact", base="old"),
     "merge": Order("merge {store} {place}/shard1 {place}/shard2", base="none", grows=True),
     "repair": Order("repair", base="damaged"),
     "adapter import": Order("adapter import {place}/checkpoint --name imported"),
+    "adapter export": Order("adapter export toy[stars>2] -o {out}/exported --epochs 1 --replace"),
     "evaluate": Order("evaluate toy --test {place}/test.jsonl --sizes 6 --seeds 1 --steps 2", grows=True),
 }
 
@@ -67,7 +80,9 @@ def act(arguments: list[str], folder: str, line: int | None, said: str) -> None:
     import torch
 
     from repmatch.cli import main
+    from repmatch.curator import embeddings
 
+    embeddings.CHUNK = 5  # several steps of what can be interrupted
     torch.set_num_threads(1)
     lines, code = Lines(line), "none"
     sys.settrace(lines)
@@ -158,7 +173,7 @@ class Commands:
         """
         path, said = folder / "s", folder / "said"
         said.unlink(missing_ok=True)
-        words = ORDERS[name].arguments.format(place=self.place, store=path).split()
+        words = ORDERS[name].arguments.format(place=self.place, store=path, out=folder).split()
         process = CONTEXT.Process(target=act, args=(["--store", str(path), *words], str(folder), line, str(said)))
         process.start()
         process.join(300)
@@ -173,9 +188,8 @@ class Commands:
         return int(lines)
 
 
-def command(folder: Path, rng: random.Random, commands: Commands) -> Outcome:
+def command(folder: Path, rng: random.Random, commands: Commands, name: str) -> Outcome:
     """Kill a command before a random line; what it found is there or what it makes; run again, it makes all of it."""
-    name = rng.choice(list(ORDERS))
     order = ORDERS[name]
     before, after, lines, trainings = commands.known(name)
     shutil.rmtree(folder)
@@ -203,7 +217,7 @@ def command(folder: Path, rng: random.Random, commands: Commands) -> Outcome:
     stray = [p.name for p in path.rglob("*") if p.name.endswith(marks)] + [p.name for p in (path / "staging").glob("*")]
     if stray:
         raise Wrong("half-written", f"{name}: left behind {stray}")
-    return Outcome(struck, note=name)
+    return Outcome(struck)
 
 
 def _hold(name: str, found: State, before: State, after: State) -> None:

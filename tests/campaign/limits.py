@@ -126,8 +126,9 @@ def no_memory(folder: Path, rng: random.Random, bases: Sequence[Base]) -> Outcom
     """Take memory away from a writer: it ends, by an error or by the system, and nothing is half done."""
     path = folder / "s"
     author, start = copy_of(rng.choice(bases), path, rng)
-    author.batch = 1500
-    script = [author._step("ingest"), *(author._step(rng.choice(KINDS)) for _ in range(2)), author._step("ingest")]
+    author.batch = 500  # an ingest commits every 512 rows, and a step is to be all or nothing
+    script = [author._step("ingest") for _ in range(3)]
+    script += [*(author._step(rng.choice(KINDS)) for _ in range(2)), author._step("ingest")]
     expected = states(script, start)
     child = Child.start(path, script, folder / "said", Fate(memory=rng.randrange(1 << 20, 700 << 20)))
     hung = not child.join(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 import traceback
@@ -79,7 +80,7 @@ class Tally:
             notes[f"not run: {error}"] += 1
         except Wrong as error:
             counts[error.what] += 1
-            self.wrong.append(f"{kind}, --only {kind} --seed {seed}: {error} (left in {folder})")
+            self.wrong.append(f"{kind}, --only {shlex.quote(kind)} --seed {seed}: {error} (left in {folder})")
         except Exception:
             counts["crash"] += 1
             self.wrong.append(f"{kind}, seed {seed}: the trial itself failed\n{traceback.format_exc()}")

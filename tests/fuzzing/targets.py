@@ -8,12 +8,14 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
+import duckdb
 import numpy as np
 from store_worker import filled, make_space
 
@@ -24,6 +26,7 @@ from repmatch.curator.lora import CONFIG, WEIGHTS, as_adapter, read_lora
 from repmatch.curator.rows import FieldChoice, open_rows
 from repmatch.errors import RepMatchError
 from repmatch.store.adapter_file import parse_adapter
+from repmatch.store.catalog import Catalog
 from repmatch.store.journal import MAGIC, BatchEntry, Journal
 from repmatch.store.records import dataset_of, space_of, stored_object
 from repmatch.store.segment import HEADER_BYTES, SegmentHeader
@@ -73,9 +76,34 @@ def _toml(data: bytes, folder: Path) -> None:
         del os.environ[VARIABLE]
 
 
+class OpenCatalog(Catalog):
+    """A catalog that stays open: to open it takes a hundred times as long as what is asked of it here."""
+
+    _open: Any = None
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        with self.guarded() as conn:
+            yield conn
+
+    @contextmanager
+    def guarded(self) -> Iterator[Any]:
+        if self._open is None:
+            self._open = self._connect(read_only=True)
+            self._check(self._open, write=False)
+            self._open.execute("SET lock_configuration = true")
+        try:
+            yield self._open
+        except RepMatchError as error:
+            if isinstance(error.__cause__, (duckdb.FatalException, duckdb.InternalException)):
+                self._open = None  # of no use after these
+            raise
+
+
 @cache
 def _store() -> stores.Store:
     store, _ = filled(place() / "store")
+    store._catalog = OpenCatalog(store.path)
     return store
 
 
