@@ -197,3 +197,16 @@ def test_a_store_without_its_cache_is_whole(run: Run, toy_store: Path) -> None:
     shutil.rmtree(toy_store / "cache")
     assert run("--store", toy_store, "verify").code == 0
     assert picks(run, toy_store, "-k", 5, "--kernel", "joined", "--name", "again") == first
+
+
+def test_a_store_opened_for_reading_is_not_written_to(toy_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(toy_store, path)
+    shutil.rmtree(path / "cache", ignore_errors=True)
+    with repmatch.open(path, mode="r") as store:
+        ids = store.ids("toy")
+        rows = curator_embeddings.embedder(repmatch.Curator(store), "toy")(ids)
+    assert not (path / "cache").exists()
+    with repmatch.open(path) as store:
+        assert curator_embeddings.embedder(repmatch.Curator(store), "toy")(ids).tolist() == rows.tolist()
+    assert list((path / "cache").glob("*.f32"))

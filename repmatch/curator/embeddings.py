@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import UsageError
-from repmatch.store.cache import CachedRows
+from repmatch.store.cache import CachedRows, gathered
 
 if TYPE_CHECKING:
     from repmatch.curator.classification import Example
@@ -81,7 +81,8 @@ def _computed(
             if curator.progress is not None:
                 curator.progress(f"embedding {dataset}", lo + len(some), len(ids))
 
-    return cached.fill(len(ids), _width(bench, known.labels), make)
+    width = _width(bench, known.labels)
+    return gathered(width, make) if store.mode == "r" else cached.fill(len(ids), width, make)
 
 
 def _reads(space: Space) -> list[object]:

@@ -85,7 +85,7 @@ class CachedRows:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 with writing_to(part):
                     raise
-            return np.concatenate([np.zeros((0, width), np.float32), *(np.asarray(r, np.float32) for r in make(0))])
+            return gathered(width, make)
         with writing_to(part), _locked(part) as descriptor:
             found = self.read(n)
             if found is None:
@@ -121,6 +121,19 @@ class CachedRows:
         sync_folder(self._folder)
         _forget(self._folder, lambda owner, name: owner == self._owner and name != whole.name)
         return _mapped(whole, n, width)
+
+
+def gathered(width: int, make: Made) -> NDArray[np.float32]:
+    """Make rows and keep them nowhere.
+
+    Args:
+        width: numbers of a row.
+        make: as `CachedRows.fill` takes it.
+
+    Returns:
+        (rows, width) float32.
+    """
+    return np.concatenate([np.zeros((0, width), np.float32), *(np.asarray(rows, np.float32) for rows in make(0))])
 
 
 @contextmanager
