@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.errors import SelectionError
-from repmatch.selectors.constraints import Constraints, Tracker, check_size, demand, positions
+from repmatch.selectors.constraints import Constraints, check_size, demand, positions
 from repmatch.selectors.kernels import Kernel, report
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.spacing import Spacing
+from repmatch.selectors.tracker import Tracker
 
 CROWDED = 2.0  # picks crowd where two of them are this many times as similar as two instances
 FEW, MANY = 5, 2000  # picks that such a comparison needs, and that it looks at

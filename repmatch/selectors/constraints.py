@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.errors import SelectionError
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.quotas import Labels, equal_quotas, group, proportional_quotas
+from repmatch.selectors.tracker import Partition, Tracker, check_minimums
 
 Positions = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -93,7 +94,7 @@ class Constraints:
         for part in parts:
             part.check(k, closed, exact=costs is None)
         if costs is not None and self.budget is not None:
-            _check_minimums(parts, closed, costs, float(self.budget))
+            check_minimums(parts, closed, costs, float(self.budget))
         return Tracker(k, closed, parts, costs, np.inf if self.budget is None else float(self.budget), notes)
 
     def _check_limits(self) -> None:
@@ -147,203 +148,6 @@ class Constraints:
         if not self.budget >= 0:
             raise SelectionError(f"the budget is {self.budget}: expected 0 or more")
         return costs
-
-
-@dataclass
-class Partition:
-    """Groups with the most and the fewest picks that are still open in each.
-
-    Attributes:
-        kind: the rule it comes from, for messages.
-        names: the groups' labels.
-        groups: (n,) int64, each instance's group.
-        upper: (g,) int64, picks still possible.
-        lower: (g,) int64, picks still owed.
-        turns: (g,) float64, shares by which groups take turns; None: they don't.
-        taken: (g,) int64, picks made, where groups take turns.
-    """
-
-    kind: str
-    names: list[Hashable]
-    groups: NDArray[np.int64]
-    upper: NDArray[np.int64]
-    lower: NDArray[np.int64]
-    turns: NDArray[np.float64] | None = None
-
-    def __post_init__(self) -> None:
-        """Start without picks."""
-        self.taken = np.zeros(len(self.names), np.int64)
-
-    def turn(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return (n,) which instances are of a group whose turn it is, among the groups that can still be picked from.
-
-        Args:
-            allowed: (n,) bool, what can be picked.
-        """
-        if self.turns is None:
-            return np.ones(len(allowed), np.bool_)
-        there = np.bincount(self.groups[allowed], minlength=len(self.names)) > 0
-        level = np.where(there, (self.taken + 0.5) / self.turns, np.inf)  # as Webster shares out seats
-        return np.asarray((level <= level.min(initial=np.inf))[self.groups])
-
-    def cheapest(self, allowed: NDArray[np.bool_], costs: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Return what the picks still owed cost at the least, and the dearest of them by group, 0 where none is owed.
-
-        Args:
-            allowed: (n,) bool, what can be picked.
-            costs: (n,) float64.
-        """
-        total, dearest = 0.0, np.zeros(len(self.names))
-        for g in np.flatnonzero(self.lower):
-            cheap = np.sort(costs[allowed & (self.groups == g)])[: self.lower[g]]
-            total += float(cheap.sum())
-            dearest[g] = cheap.max(initial=0.0)
-        return total, dearest
-
-    def check(self, k: int, closed: NDArray[np.bool_], *, exact: bool) -> None:
-        """Refuse quotas that can't be met.
-
-        Args:
-            k: picks wanted.
-            closed: (n,) bool, what can't be picked.
-            exact: exactly k picks must be possible.
-        """
-        sizes = np.bincount(self.groups[~closed], minlength=len(self.names))
-        for name, size, low, high in zip(self.names, sizes, self.lower, self.upper, strict=True):
-            if low > size:
-                raise SelectionError(f"{self.kind}: at least {low} of {name!r} are asked for, but only {size} exist")
-            if low > high:
-                raise SelectionError(f"{self.kind}: {name!r} is to get at least {low} and at most {high}")
-        if self.lower.sum() > k:
-            raise SelectionError(f"{self.kind}: the minimums sum to {self.lower.sum()}, more than k = {k}")
-        most = int(np.minimum(sizes, self.upper).sum())
-        if exact and most < k:
-            raise SelectionError(f"{self.kind}: the maximums allow {most} picks, fewer than k = {k}")
-
-
-class Tracker:
-    """What may still be picked: a mask that closes as picks are made.
-
-    Attributes:
-        open: (n,) bool, True where a pick is still possible, now or later.
-        allowed: (n,) bool, True where the next pick may be made.
-        costs: (n,) float64 or None.
-        budget: what all picks together may cost.
-        spent: what they cost so far, added up in their order as a reader would.
-        notes: what the user should know about the quotas.
-    """
-
-    def __init__(
-        self,
-        k: int,
-        closed: NDArray[np.bool_],
-        parts: list[Partition],
-        costs: NDArray[np.float64] | None,
-        budget: float,
-        notes: tuple[str, ...],
-    ) -> None:
-        self.k, self.parts, self.costs, self.budget, self.notes = k, parts, costs, budget, notes
-        self.spent = 0.0
-        self.open = ~closed
-        self._close()
-
-    def add(self, index: int) -> None:
-        """Note a pick.
-
-        Args:
-            index: its position.
-
-        Raises:
-            SelectionError: the rules don't allow it.
-        """
-        if not self.open[index]:
-            raise SelectionError(
-                f"position {index} can't be picked: the size, a quota or the budget is used up, or a pick too similar"
-            )
-        self.open[index] = False
-        self.k -= 1
-        if self.costs is not None:
-            self.spent += float(self.costs[index])
-        for part in self.parts:
-            g = part.groups[index]
-            part.upper[g] -= 1
-            part.lower[g] = max(0, part.lower[g] - 1)
-            part.taken[g] += 1
-        self._close()
-
-    def close(self, mask: NDArray[np.bool_]) -> None:
-        """Rule out more instances.
-
-        Args:
-            mask: (n,) bool, True where no pick may be made any more.
-        """
-        self.open &= ~mask
-        self._turn()
-
-    def only_owed(self) -> bool:
-        """Leave open only what a minimum still asks for.
-
-        Returns:
-            Whether that leaves anything.
-        """
-        for part in self.parts:
-            if part.lower.any():
-                self.close((part.lower == 0)[part.groups])
-                return bool(self.allowed.any())
-        return False
-
-    def cost(self, picks: NDArray[np.int64]) -> float | None:
-        """Return what picks cost together, added up in their order as the budget is; None without costs.
-
-        Args:
-            picks: their positions.
-        """
-        if self.costs is None:
-            return None
-        return float(np.add.accumulate(self.costs[picks])[-1]) if len(picks) else 0.0
-
-    def owed(self) -> list[str]:
-        """Return what the minimums still ask for, in words."""
-        return [
-            f"{p.kind}: {low} more of {name!r}"
-            for p in self.parts
-            for name, low in zip(p.names, p.lower, strict=True)
-            if low > 0
-        ]
-
-    def _close(self) -> None:
-        if self.k <= 0:
-            self.open[:] = False
-        for part in self.parts:
-            open_groups = part.upper > 0
-            if part.lower.sum() >= self.k:  # every pick left is owed to some group
-                open_groups &= part.lower > 0
-            if not open_groups.all():
-                self.open &= open_groups[part.groups]
-        if self.costs is not None:
-            self.open &= self.spent + self.costs <= self.budget
-            for part in self.parts:
-                if part.lower.any():  # what is owed must stay affordable; sums in another order round otherwise
-                    owed, dearest = part.cheapest(self.open, self.costs)
-                    beside = np.maximum(self.costs - dearest[part.groups], 0.0)
-                    self.open &= self.spent + owed + beside <= self.budget * (1.0 + 1e-12)
-        self._turn()
-
-    def _turn(self) -> None:
-        self.allowed = self.open.copy()
-        for part in self.parts:
-            self.allowed &= part.turn(self.open)
-
-
-def _check_minimums(
-    parts: list[Partition], closed: NDArray[np.bool_], costs: NDArray[np.float64], budget: float
-) -> None:
-    for part in parts:
-        least = part.cheapest(~closed, costs)[0]
-        if least > budget * (1.0 + 1e-12):
-            raise SelectionError(
-                f"{part.kind}: the minimums cost {least:g} at the least, more than the budget {budget:g}"
-            )
 
 
 def demand(rules: Constraints, tracker: Tracker, made: int, k: int) -> tuple[str, ...]:

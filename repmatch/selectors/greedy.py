@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import Represented, represent, represent_or_stop
-from repmatch.selectors.constraints import Constraints, Tracker, demand, positions
+from repmatch.selectors.constraints import Constraints, demand, positions
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.spacing import Spacing
+from repmatch.selectors.tracker import Tracker
 
 Progress = Callable[[int, int], None]
 Search = Literal["auto", "plain", "lazy", "stochastic"]

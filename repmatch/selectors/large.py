@@ -12,11 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
 from repmatch.selectors.baselines import represent_or_stop
-from repmatch.selectors.constraints import Constraints, Partition, Positions
+from repmatch.selectors.constraints import Constraints, Positions
 from repmatch.selectors.facility import Algorithm, facility_location
 from repmatch.selectors.greedy import Progress
 from repmatch.selectors.kernels import DEFAULT_LIMIT, DenseKernel, FactorKernel, Kernel, among_candidates, as_kernel
 from repmatch.selectors.selection import Selection
+from repmatch.selectors.tracker import Partition
 
 PART = 10_000  # instances of a part by default
 PROPOSALS = 3_000  # candidates of the second round, where k is small

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from repmatch.selectors.constraints import Constraints, Tracker
+from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.kernels import Kernel, among_candidates
+from repmatch.selectors.tracker import Tracker
 
 
 class Spacing:
