@@ -76,8 +76,9 @@ STAGES = {
         Part("warm", ("herding+signed",), ALL_SIZES),
     ),
     "ensembles": (
-        Part("", ("random",), (50, 100)),
-        Part("warm", (FL, f"{FL}+ensemble={','.join(SEVERAL)}"), (50, 100)),
+        Part("", ("random",), ALL_SIZES),
+        Part("warm", (FL, f"{FL}+ensemble={','.join(SEVERAL)}"), ALL_SIZES),
+        Part("warm", (f"{FL}+stratify=label", f"{FL}+stratify=label+ensemble={','.join(SEVERAL)}"), ALL_SIZES),
         Part("warm", ("herding+signed", f"herding+signed+ensemble={','.join(SEVERAL)}"), (50, 100)),
     ),
     "wide": (
