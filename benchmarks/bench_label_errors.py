@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 import repmatch
 from repmatch.curator.embeddings import embedder
-from repmatch.curator.ensemble import with_others
-from repmatch.curator.suspects import losses_of, oppose, suspicion
+from repmatch.curator.suspects import suspects
 
 
 def average_precision(suspect: NDArray[np.floating[Any]], wrong: NDArray[np.bool_]) -> float:
@@ -62,13 +61,13 @@ def by_probability(rows: NDArray[np.float32], labels: NDArray[np.str_], seed: in
 
 def ways_of(store: repmatch.Store, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Return how suspect every instance is, by the mean over datasets that hold the same rows from other starts."""
-    factors = with_others(store, names[0], store.factors(names[0]), names[1:])
-    losses = np.mean([losses_of(store, name, factors.ids) for name in names], axis=0)
-    agreement = oppose(factors).agreement
+    found = suspects(store, names[0], k=len(store.ids(names[0])), ensemble=names[1:])
+    place = {name: at for at, name in enumerate(found.ids)}
+    order = [place[name] for name in store.factors(names[0]).ids]
     return {
-        "suspects": suspicion(losses, agreement),
-        "loss at the start": losses,
-        "opposition of the neighbours": -agreement.astype(np.float64),
+        "suspects": found.suspicion[order],
+        "loss at the start": found.losses[order],
+        "opposition of the neighbours": -found.agreement[order].astype(np.float64),
     }
 
 

@@ -115,6 +115,15 @@ def nearest_by_all(
     return out
 
 
+def plain_name(matrix: str) -> str:
+    """Return a matrix's name without the part of an ensemble that it is of.
+
+    Args:
+        matrix: its name in `side_by_side`, or outside of ensembles.
+    """
+    return matrix.partition("@")[0]
+
+
 def side_by_side(parts: Sequence[Factors], names: Sequence[str]) -> Factors:
     """Put the matrices of several spaces side by side, for the same instances.
 

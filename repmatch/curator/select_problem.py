@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.blocks import choose_matrices, take
-from repmatch.curator.ensemble import with_others
+from repmatch.curator.ensemble import plain_name, with_others
 from repmatch.curator.id_order import in_id_order
 from repmatch.curator.select_features import features_of
 from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
@@ -164,7 +164,7 @@ def _size(options: SelectOptions, n: int, rules: Constraints) -> int:
 def _matrices(factors: Factors, patterns: Sequence[str]) -> Factors:
     if not patterns:
         return factors
-    names = [name.partition("@")[0] for name in factors.matrices]  # an ensemble's say whose they are
+    names = [plain_name(name) for name in factors.matrices]
     kept = [i for i, name in enumerate(names) if any(fnmatchcase(name, p) for p in patterns)]
     unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
     if unused:

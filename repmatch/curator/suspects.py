@@ -170,7 +170,7 @@ def suspects(store: Store, dataset: str, *, k: int = 20, ensemble: Sequence[str]
     if len(factors) < 2:
         raise SelectionError(f"the dataset {dataset!r} has {len(factors)} factors; suspects are told from two or more.")
     both = with_others(store, dataset, factors, ensemble)
-    losses = np.mean([losses_of(store, name, factors.ids) for name in (dataset, *ensemble)], axis=0)
+    losses = np.mean([_losses(store, name, factors.ids) for name in (dataset, *ensemble)], axis=0)
     asked = oppose(both)
     found = suspicion(losses, asked.agreement)
     worst = sorted(range(len(found)), key=lambda i: (-found[i], factors.ids[i]))[:k]
@@ -188,17 +188,7 @@ def suspects(store: Store, dataset: str, *, k: int = 20, ensemble: Sequence[str]
     )
 
 
-def losses_of(store: Store, dataset: str, ids: Sequence[str]) -> NDArray[np.float64]:
-    """Return the loss of instances at the start.
-
-    Args:
-        store: the store.
-        dataset: the dataset's name.
-        ids: n ids of it that have a factor.
-
-    Returns:
-        (n,) float64.
-    """
+def _losses(store: Store, dataset: str, ids: Sequence[str]) -> NDArray[np.float64]:
     frame = store.sql("SELECT id, loss FROM instances WHERE dataset = ? AND loss IS NOT NULL", [dataset])
     held = dict(zip(frame["id"].to_list(), frame["loss"].to_list(), strict=True))
     return np.array([held[name] for name in ids], np.float64)

@@ -52,14 +52,14 @@ def top(
     picked, notes = _in_order(np.argsort(-values, kind="stable"), rules, tracker, k, kernel)
     if rules.min_gain is not None:
         enough = values[picked] >= rules.min_gain
-        if any(part.turns is not None for part in tracker.parts):  # who has no turn any more ends the run for all
+        if tracker.turning:  # who has no turn any more ends the run for all
             enough = np.logical_and.accumulate(enough)
         picked = picked[_worth(enough, picked, rules)]
     gains = values[picked]
     value = float(gains.sum())
     notes += _crowded(kernel, picked)
     representative, similarity, cut = represent_or_stop(kernel, picked, len(values))
-    one = len(tracker.parts) < 2 and all(part.turns is None for part in tracker.parts)
+    one = len(tracker.parts) < 2 and not tracker.turning
     alone = one and tracker.costs is None and not len(rules.include) and rules.apart is None
     return Selection(
         picked,
@@ -194,8 +194,7 @@ def _in_order(
         spacing.close(index)
     picked: list[int] = []
     forced = positions(rules.include, len(order), "include").tolist()
-    turns = any(part.turns is not None for part in tracker.parts)
-    for rank, index in enumerate(chain(forced, _by_turns(order, tracker) if turns else order.tolist())):
+    for rank, index in enumerate(chain(forced, _by_turns(order, tracker) if tracker.turning else order.tolist())):
         if len(picked) == k:
             break
         if tracker.allowed[index] or rank < len(forced):  # a forced pick that is ruled out is refused with the reason

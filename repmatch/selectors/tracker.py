@@ -42,8 +42,7 @@ class Partition:
         Args:
             allowed: (n,) bool, what can be picked.
         """
-        if self.turns is None:
-            return np.ones(len(allowed), np.bool_)
+        assert self.turns is not None, "these groups take no turns"
         there = np.bincount(self.groups[allowed], minlength=len(self.names)) > 0
         level = np.where(there, (self.taken + 0.5) / self.turns, np.inf)  # as Webster shares out seats
         return np.asarray((level <= level.min(initial=np.inf))[self.groups])
@@ -191,10 +190,15 @@ class Tracker:
                     self.open &= self.spent + owed + beside <= self.budget * (1.0 + 1e-12)
         self._turn()
 
+    @property
+    def turning(self) -> list[Partition]:
+        """The partitions whose groups take turns."""
+        return [part for part in self.parts if part.turns is not None]
+
     def _turn(self) -> None:
-        self.allowed = self.open.copy()
-        for part in self.parts:
-            self.allowed &= part.turn(self.open)
+        self.allowed = self.open  # without turns one mask serves as both
+        for part in self.turning:
+            self.allowed = self.allowed & part.turn(self.open)
 
 
 def check_minimums(
