@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -142,9 +143,15 @@ def test_computing_leaves_no_hook_and_no_gradient_behind(tmp_path: Path) -> None
 
 
 def test_batches_by_tokens_by_hand() -> None:
-    assert batches_by_tokens([3, 9, 2, 3], 6) == [[2, 0], [3], [1]]
+    assert batches_by_tokens([3, 9, 2, 3], 6) == [[2], [0, 3], [1]]  # 17 tokens; [2, 0], [3], [1] would be 18
+    assert batches_by_tokens([64, 63, 64], 192) == [[1, 0, 2]]  # one token of padding costs less than another batch
+    assert batches_by_tokens([64, 63, 64], 128) == [[1], [0, 2]]
     assert batches_by_tokens([], 6) == []
-    assert batches_by_tokens([4, 4, 4], 8) == [[0, 1], [2]]
+    assert batches_by_tokens([4, 4, 4], 8) == [[0], [1, 2]]
+
+
+def padded(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
+    return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
@@ -153,7 +160,21 @@ def test_batches_by_tokens_keeps_the_limit(lengths: list[int], limit: int) -> No
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= limit
+        assert batches_by_tokens([lengths[i] for i in batch], limit) == [
+            list(range(len(batch)))
+        ]  # cut once, cut for good
     flat = [lengths[i] for batch in batches for i in batch]
     assert flat == sorted(flat)
-    for batch, following in pairwise(batches):  # no batch is cut before it is full
-        assert lengths[following[0]] * (len(batch) + 1) > limit
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 200))
+def test_no_way_to_cut_costs_less(lengths: list[int], limit: int) -> None:
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        parts = [order[lo:hi] for lo, hi in pairwise(edges)]
+        if all(len(part) == 1 or padded(lengths, [part]) <= limit for part in parts):
+            costs.append(padded(lengths, parts) + len(parts) * limit / 32)
+    found = batches_by_tokens(lengths, limit)
+    assert padded(lengths, found) + len(found) * limit / 32 == pytest.approx(min(costs))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from repmatch.curator import layers, optimizers, start
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing
-from repmatch.curator.shortcuts import first_token_only, last_block, needs_first_token_only
+from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError
@@ -33,6 +33,8 @@ __all__ = ["BatchFactors", "FactorEngine", "batches_by_tokens", "first_step", "l
 # the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
 # step's eps adds to it is of this size.
 _RANK_TOLERANCE = 1e-4
+# What a batch costs beside its tokens, as a share of the tokens it may hold.
+_BATCH_COST = 1 / 32
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -73,8 +75,8 @@ class FactorEngine:
         self._rt = {name: torch.linalg.qr(torch.from_numpy(value.T).double()).R.T for name, value in a.items()}
         self._gradients: dict[str, Tensor] = {}
         self._count = 0
-        self._block = last_block(module)
-        self._block_is_right: bool | None = None
+        self._last_layer = LastLayer.of(module)
+        self._shortcut: Shortcut | None = None
 
     @property
     def layout(self) -> Layout:
@@ -86,7 +88,7 @@ class FactorEngine:
         other = copy.copy(self)
         memo: dict[int, object] = {id(tensor): tensor for tensor in [*self.module.parameters(), *self.module.buffers()]}
         other.module = copy.deepcopy(self.module, memo)
-        other._block = last_block(other.module)
+        other._last_layer = LastLayer.of(other.module)
         other._gradients = {}
         return other
 
@@ -120,19 +122,20 @@ class FactorEngine:
         """Compute in the engine's precision, and leave out what the loss cannot see."""
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
-            stack.enter_context(first_token_only(self._block if self._block_is_right else None))
+            if self._last_layer is not None and self._shortcut is not None:
+                stack.enter_context(self._last_layer.cut(self._shortcut))
             yield
 
     def try_shortcut(self, inputs: Mapping[str, Tensor]) -> None:
-        """Find out on the first batch whether the loss is the same without the last layer's other tokens.
+        """Find out on the first batch what of the last layer can be left out without another loss.
 
         Args:
             inputs: a batch.
         """
-        if self._block is None or self._block_is_right is not None:
+        if self._last_layer is None or self._shortcut is not None:
             return
         few = {name: value[:2] for name, value in inputs.items()}
-        self._block_is_right = needs_first_token_only(self.module, self._block, self._loss, few)
+        self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -334,7 +337,10 @@ def left_singular(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batches_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Group instances of similar length into batches of at most `limit` padded tokens.
+    """Group instances of similar length into batches of at most `limit` padded tokens, with the least work.
+
+    Of all ways to cut the instances, sorted by length, the one whose padded tokens and batches cost least, where a
+    batch costs as much as `limit` / 32 tokens do.
 
     Args:
         lengths: tokens of each instance.
@@ -344,10 +350,20 @@ def batches_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
         Positions in `lengths`, batch after batch, shortest first; ties by position.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    overhead = _BATCH_COST * limit
+    # What the first j instances cost, and where their last batch begins; of equal cuts the one with the largest batch.
+    least = np.zeros(len(order) + 1)
+    begins = [0] * (len(order) + 1)
+    sizes = np.arange(len(order), 0, -1)
+    for j in range(1, len(order) + 1):
+        longest = max(1, lengths[order[j - 1]])
+        lo = max(0, j - max(1, limit // longest))
+        costs = least[lo:j] + longest * sizes[len(order) - j + lo :]
+        best = int(costs.argmin())
+        least[j], begins[j] = costs[best] + overhead, lo + best
     batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[i] * (len(batches[-1]) + 1) <= limit:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    end = len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]

@@ -22,7 +22,7 @@ from torch.nn import functional
 from repmatch.curator import start
 from repmatch.curator.engine import batches_by_tokens
 from repmatch.curator.evaluate.lower import LowerLayers
-from repmatch.curator.shortcuts import first_token_only, last_block, needs_first_token_only
+from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.errors import ModelError, UsageError
 
@@ -127,7 +127,8 @@ class Retrainer:
         self.device = torch.device(bench.device)
         self.space = replace(bench.space, rank=recipe.rank, alpha=recipe.alpha)
         self.lower: LowerLayers | None = None
-        self._block, self._tried = last_block(self.module), False
+        self._last_layer = LastLayer.of(self.module)
+        self._shortcut: Shortcut | None = None
         if recipe.layers is not None:
             lower = LowerLayers.of(self.module, self.space.matrices, recipe.layers, left=self.task.left)
             self.space = replace(self.space, matrices=lower.above(self.space.matrices))
@@ -190,17 +191,16 @@ class Retrainer:
     def _prepare(self, examples: Sequence[Example]) -> None:
         if self.lower is not None:
             self.lower.remember(self.task, examples, self.bench.batch_tokens)
-        if not self._tried and self._block is not None:
+        if self._last_layer is not None and self._shortcut is None:
             few = self._on(self.task.collate(examples[:2]))
-            if not needs_first_token_only(self.module, self._block, self.task.losses, few):
-                self._block = None
-        self._tried = True
+            self._shortcut = self._last_layer.try_out(self.module, self.task.losses, few)
 
     @contextmanager
     def _shortened(self) -> Iterator[None]:
         """Leave out the layers below the adapters, and what the head does not read."""
         with ExitStack() as held:
-            held.enter_context(first_token_only(self._block))
+            if self._last_layer is not None and self._shortcut is not None:
+                held.enter_context(self._last_layer.cut(self._shortcut))
             if self.lower is not None:
                 held.enter_context(self.lower.skipped())
             yield
