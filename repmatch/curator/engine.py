@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmatch.curator import layers, optimizers, start
+from repmatch.curator.linear import by_onednn
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing
 from repmatch.curator.shortcuts import LastLayer, Shortcut
@@ -122,6 +123,7 @@ class FactorEngine:
         """Compute in the engine's precision, and leave out what the loss cannot see."""
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
+            stack.enter_context(by_onednn(self.module))
             if self._last_layer is not None and self._shortcut is not None:
                 stack.enter_context(self._last_layer.cut(self._shortcut))
             yield

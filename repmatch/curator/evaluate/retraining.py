@@ -22,6 +22,7 @@ from torch.nn import functional
 from repmatch.curator import start
 from repmatch.curator.engine import batches_by_tokens
 from repmatch.curator.evaluate.lower import LowerLayers
+from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.errors import ModelError, UsageError
@@ -199,6 +200,7 @@ class Retrainer:
     def _shortened(self) -> Iterator[None]:
         """Leave out the layers below the adapters, and what the head does not read."""
         with ExitStack() as held:
+            held.enter_context(by_onednn(self.module))
             if self._last_layer is not None and self._shortcut is not None:
                 held.enter_context(self._last_layer.cut(self._shortcut))
             if self.lower is not None:
