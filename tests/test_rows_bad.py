@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
 from repmatch.curator.rows import FieldChoice, open_rows
 from repmatch.datamodels import BadRow, Row
@@ -145,3 +146,15 @@ def test_only_bad_rows_still_name_their_lines(tmp_path: Path) -> None:
     reader = open_rows([str(path)], FieldChoice())
     assert [(type(row), row.line) for chunk in reader for row in chunk] == [(BadRow, 1), (BadRow, 4)]
     assert reader.counts[0].bad == 2
+
+
+def test_bad_rows_are_named_where_the_others_have_one_label(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "in.jsonl"
+    rows = ['{"id": "a", "text": "t", "label": "p"}', '{"id": "b", "text": "u", "label": "p"}', '{"id": "c", "te']
+    path.write_text("\n".join(rows), encoding="utf-8")
+    code, _, err = run("--store", tmp_path / "s", "ingest", path, "--dataset", "d")
+    assert code == 1
+    assert "every row has the label 'p'" in err
+    assert "These rows could not be used:" in err
+    assert f"{path}:3: " in err
+    assert "not JSON" in err

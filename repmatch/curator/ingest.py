@@ -132,8 +132,9 @@ def ingest(
         reader = open_rows(sources, options.fields, resolved=known.fields if known else None, kind=settings.kind)
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
-        _refuse(dataset, sources, options, stage.rejected(limit=20), first)
-        record = _record(dataset, reader, known, first.labels, options)
+        rejected = _listed(stage.rejected(limit=10), first.rejected)
+        _refuse(dataset, sources, options, rejected, first)
+        record = _record(dataset, reader, known, first.labels, options, rejected)
         done, truncated = 0, 0
         lost: list[BadRow] = []
         detail: dict[str, Any] = {}
@@ -251,28 +252,34 @@ def _unseen(row: Row, known: Dataset | None) -> BadRow:
     )
 
 
-def _refuse(
-    dataset: str, sources: Sequence[str], options: IngestOptions, bad: Sequence[BadRow], summary: StageSummary
-) -> None:
-    rejected = summary.rejected
-    listed = "\n".join(f"  {row.source}:{row.line}: {row.reason}" for row in bad[:10])
-    more = f"\n  and {rejected - 10} more" if rejected > 10 else ""
-    if options.strict and rejected:
+def _listed(bad: Sequence[BadRow], count: int) -> str:
+    """Return the first bad rows, a line each after a line break; nothing where there are none."""
+    lines = [f"\n  {row.source}:{row.line}: {row.reason}" for row in bad]
+    return "".join(lines) + (f"\n  and {count - len(bad)} more" if count > len(bad) else "")
+
+
+def _refuse(dataset: str, sources: Sequence[str], options: IngestOptions, rejected: str, summary: StageSummary) -> None:
+    if options.strict and summary.rejected:
         raise InputError(
-            f"{rejected} of {summary.rows} rows are bad, and --strict refuses them all; nothing of {dataset!r} was "
-            f"changed:\n{listed}{more}"
+            f"{summary.rejected} of {summary.rows} rows are bad, and --strict refuses them all; nothing of {dataset!r} "
+            f"was changed:{rejected}"
         )
-    if rejected == summary.rows:
+    if summary.rejected == summary.rows:
         where = ", ".join(sources)
         raise InputError(
-            f"none of the {rejected} rows of {where} can be used:\n{listed}{more}"
-            if rejected
+            f"none of the {summary.rejected} rows of {where} can be used:{rejected}"
+            if summary.rejected
             else f"{where}: no rows; expected at least two, with different labels."
         )
 
 
 def _record(
-    name: str, reader: RowReader, known: Dataset | None, labels: tuple[str, ...], options: IngestOptions
+    name: str,
+    reader: RowReader,
+    known: Dataset | None,
+    labels: tuple[str, ...],
+    options: IngestOptions,
+    rejected: str,
 ) -> Dataset:
     if known is not None:
         if options.encoding not in (None, known.encoding):
@@ -287,6 +294,7 @@ def _record(
         raise InputError(
             f"every row has the label {labels[0]!r}; expected two or more labels, because with one there is nothing to "
             "learn. Name the column with --label-field."
+            + (f" These rows could not be used:{rejected}" if rejected else "")
         )
     if len(labels) > MAX_LABELS:
         raise InputError(
