@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
+from repmatch.selectors.arrays import Floats
 from repmatch.selectors.greedy import State
-from repmatch.selectors.kernels import Floats, Kernel
+from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.sparse import SparseKernel
 
 BATCH = 256  # columns computed at a time

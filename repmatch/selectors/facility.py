@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
+from repmatch.selectors.arrays import Floats
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.cover import BATCH, Cover, Handing, Neighbours
 from repmatch.selectors.greedy import Progress, Searched, State, solve
-from repmatch.selectors.kernels import DEFAULT_LIMIT, FactorKernel, Floats, Kernel, as_kernel
+from repmatch.selectors.kernels import DEFAULT_LIMIT, FactorKernel, Kernel, as_kernel
 from repmatch.selectors.objectives import Coverage
 from repmatch.selectors.pruning import ENTRY, above, expected_entries
 from repmatch.selectors.selection import Selection

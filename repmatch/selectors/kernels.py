@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repmatch.blocks import dense_block, row_blocks, same_space, take
-from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
+from repmatch.selectors.arrays import Floats, is_symmetric, refuse_not_finite, surveyed
 from repmatch.similarity import kernel_block, mean_similarity
-
-Floats: TypeAlias = NDArray[np.floating[Any]]
 
 
 def _default_limit() -> int:
@@ -100,10 +98,10 @@ class DenseKernel:
         self._square = not rectangular
         self.positive_sums: NDArray[np.float64] | None = None
         if not (survey and self._square and len(given) >= _SURVEYED and self._survey(given)):
-            _refuse_not_finite(given)
+            refuse_not_finite(given)
         if not given.flags.c_contiguous:
             # A symmetric array in Fortran order is its own transpose, so nothing needs to be copied.
-            turned = given.T if self._square and given.flags.f_contiguous and _is_symmetric(given) else given
+            turned = given.T if self._square and given.flags.f_contiguous and is_symmetric(given) else given
             given = np.ascontiguousarray(turned)
         self.array: Floats = given
         self.resolution = 0.0
@@ -111,7 +109,7 @@ class DenseKernel:
     def _survey(self, given: Floats) -> bool:
         """Read a large float32 array once for its sums and symmetry; False where a closer look is needed."""
         if given.dtype == np.float32 and given.flags.c_contiguous:
-            self.positive_sums = _surveyed(given)
+            self.positive_sums = surveyed(given)
         if self.positive_sums is None:
             return False
         self.symmetric = True
@@ -125,7 +123,7 @@ class DenseKernel:
     @cached_property
     def symmetric(self) -> bool:
         """Whether rows and columns are the same instances and entry (i, j) equals (j, i)."""
-        return self._square and _is_symmetric(self.array)
+        return self._square and is_symmetric(self.array)
 
     def columns(self, indices: NDArray[np.int64]) -> Floats:
         """Return (rows, c): the similarities of all represented instances with some candidates."""
@@ -357,58 +355,6 @@ def report(kernel: Kernel, what: str, done: int, total: int) -> None:
 def _need_square(shape: tuple[int, int]) -> None:
     if shape[0] != shape[1]:
         raise SelectionError("this objective compares candidates with each other: it can't use a represented set")
-
-
-def _refuse_not_finite(array: Floats) -> None:
-    step = max(1, (16 << 20) // max(1, array.itemsize * array.shape[1]))
-    view = array.T if array.flags.f_contiguous and not array.flags.c_contiguous else array
-    step = max(1, (16 << 20) // max(1, view.itemsize * view.shape[1]))
-    for lo in range(0, len(view), step):
-        block = view[lo : lo + step]
-        with np.errstate(over="ignore", invalid="ignore"):
-            good = np.isfinite(block.sum())  # a sum is finite only where every entry is; it may overflow, so look again
-        if not good and not np.isfinite(block).all():
-            bad = np.argwhere(~np.isfinite(block))[0] + (lo, 0)
-            place = tuple(int(p) for p in (bad if view is array else bad[::-1]))
-            raise SelectionError(f"the kernel is {array[place]} at {place}: every entry must be finite")
-
-
-def _surveyed(array: NDArray[np.floating[Any]]) -> NDArray[np.float64] | None:
-    """Read a square float32 array once.
-
-    An array that is not symmetric passes for one with a probability below 10⁻⁸: its bits are compared with its
-    transpose's through one product with random numbers on both sides.
-
-    Returns:
-        (n, pieces) float64 sums of each row's positive entries, one a piece of the row; None where the array is not
-        symmetric to the bit, or not finite.
-    """
-    from repmatch.selectors import _whole
-
-    n = len(array)
-    left, right = np.random.default_rng(0).integers(1, 2**32, (2, n), dtype=np.uint32)
-    words, difference, sums, positive = (
-        array.view(np.uint32),
-        np.zeros(n, np.uint64),
-        np.empty(n),
-        np.empty((n, -(-n // _whole.PIECE))),
-    )
-
-    def part(lo: int, hi: int) -> None:
-        difference[lo] = _whole.survey(array, words, left, right, lo, hi, sums, positive)
-
-    in_chunks(part, n, least=256)
-    return None if difference.sum() or not np.isfinite(sums).all() else positive
-
-
-def _is_symmetric(array: Floats, step: int = 256) -> bool:
-    n = len(array)
-    for lo in range(0, n, step):
-        for start in range(lo, n, step):
-            block = array[lo : lo + step, start : start + step]
-            if not np.array_equal(block, array[start : start + step, lo : lo + step].T):
-                return False
-    return True
 
 
 def _mirror(array: NDArray[np.float32], step: int = 1024) -> None:

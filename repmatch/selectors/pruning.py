@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
-from repmatch.selectors.kernels import Floats, Kernel, report
+from repmatch.selectors.arrays import Floats
+from repmatch.selectors.kernels import Kernel, report
 from repmatch.selectors.sparse import SparseKernel
 
 ROWS, COLUMNS = 2048, 32768  # of a block: 256 MiB of float32

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
-from repmatch.selectors.kernels import Floats, Kernel, report
+from repmatch.selectors.arrays import Floats
+from repmatch.selectors.kernels import Kernel, report
 
 BLOCK_BYTES = 128 << 20
 

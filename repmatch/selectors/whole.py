@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks, thread_count
+from repmatch.selectors.arrays import Floats
 from repmatch.selectors.cover import Cover, Handing, Incremental
-from repmatch.selectors.kernels import DenseKernel, Floats, Kernel
+from repmatch.selectors.kernels import DenseKernel, Kernel
 from repmatch.selectors.pruning import expected_entries
 
 MOST_KEPT = 0.05  # share of the entries that are kept: with 8 bytes each, a tenth of the kernel's memory
