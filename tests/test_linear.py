@@ -57,8 +57,13 @@ def test_layers_that_learn_or_compute_in_less_are_left_alone() -> None:
 
 def test_half_precision_inputs_go_to_torch() -> None:
     layer = nn.Linear(4, 4).requires_grad_(False)
-    with linear.by_onednn(layer), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(torch.ones(2, 4)).dtype is torch.bfloat16
+    x = torch.ones(2, 4, requires_grad=True)
+    with linear.by_onednn(layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = layer(x)
+        assert found.dtype is torch.bfloat16
+        found.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(2, 4), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -33,9 +33,26 @@ def onednn_pays() -> bool:
         return False
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
-    return found
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x · weightᵀ + bias, by oneDNN where that pays; autograd sees nothing of it.
+
+    Args:
+        x: (..., d_in).
+        weight: (d_out, d_in).
+        bias: (d_out,).
+
+    Returns:
+        (..., d_out).
+    """
+    if _fits(x, weight) and onednn_pays():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+        return found
+    return nn.functional.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    single = x.dtype is torch.float32 and weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    return single and x.device.type == "cpu" and x.numel() > 0
 
 
 class _Frozen(torch.autograd.Function):
@@ -44,16 +61,16 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _multiply(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _multiply(gradients[0], weight.t(), None), None, None
+        return product(gradients[0], weight.t()), None, None
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    if x.dtype is not torch.float32 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    if not _fits(x, layer.weight):
         return nn.functional.linear(x, layer.weight, layer.bias)
     found: Tensor = _Frozen.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return found

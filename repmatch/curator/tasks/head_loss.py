@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from repmatch.curator.linear import product
 
 # Numbers that a piece of the logits holds at once.
 _PIECE = 1 << 24
@@ -21,7 +22,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, gradients = [], []
         for at in range(0, len(hidden), rows):
             part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
-            logits = functional.linear(part, weight, bias).float()
+            logits = product(part, weight, bias).float()
             chosen, peak = logits.gather(1, wanted), logits.amax(dim=1, keepdim=True)
             # In place, and each exponential once: the logits are not needed any more.
             powers = logits.sub_(peak).exp_()
@@ -29,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append((total.log() + peak - chosen)[:, 0])
             if ctx.needs_input_grad[0]:
                 # ∂L/∂logits is the softmax less one at the wanted token.
-                mean = (powers.to(weight.dtype) @ weight).float() / total
+                mean = product(powers.to(weight.dtype), weight.t()).float() / total
                 gradients.append((mean - weight[wanted[:, 0]]).to(hidden.dtype))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
