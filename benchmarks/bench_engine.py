@@ -73,9 +73,8 @@ class Bench:
         import torch
         from loops import PlainLoop
 
-        from repmatch.curator.engine import batches_by_tokens
+        from repmatch.curator.batches import Batches, batches_by_tokens
         from repmatch.curator.settings import Settings
-        from repmatch.curator.windows import Batches
         from repmatch.curator.workbench import Workbench
         from repmatch.datamodels import Row
 
@@ -298,6 +297,8 @@ def _loop_lines(found: dict[str, Any], title: str) -> list[str]:
         for name in ("plain", "literal")
     ]
     out.append(f"  {flops:.0f} of {peak:.0f} GFLOP/s: {share:.0%} of the peak, on real tokens{mark}")
+    done = found["computed_share"]
+    out.append(f"  of these {done:.0%} are computed, padding included: {done * share:.0%} of the peak")
     shares = [(r["engine_flops_cpu"], r["peak_flops_cpu"]) for r in rounds]
     mine, best = (statistics.median(values) / 1e9 for values in zip(*shares, strict=True))
     out.append(f"  {mine:.0f} of {best:.0f} GFLOP a processor second: {mine / best:.0%}")

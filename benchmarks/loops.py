@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from repmatch.curator import start
+from repmatch.curator.batches import Batches, batches_by_tokens
 from repmatch.curator.classification import Example, SequenceClassification
-from repmatch.curator.engine import FactorEngine, batches_by_tokens
+from repmatch.curator.engine import FactorEngine
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import Batches
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row, Space
 
@@ -135,6 +137,28 @@ def peak() -> tuple[float, float]:
     return best, best_cpu
 
 
+def _linear_flop(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count a linear layer by oneDNN, which torch's counter does not know."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def computed_flops(engine: FactorEngine, batches: Sequence[Batch]) -> int:
+    """Count the FLOP of the matrix products that the engine computes, padding and attention included.
+
+    Args:
+        engine: the engine.
+        batches: what it is given.
+
+    Returns:
+        FLOP: two a multiplication.
+    """
+    known = {torch.ops.mkldnn._linear_pointwise: _linear_flop}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        for batch in batches:
+            engine.compute(batch)
+    return int(counter.get_total_flops())
+
+
 class Contest:
     """Times the engine, the plain loop and the literal loop on random rows.
 
@@ -185,6 +209,15 @@ class Contest:
         began, used = time.perf_counter(), time.process_time()
         out = [loop(batch) for batch in batches]
         return time.perf_counter() - began, time.process_time() - used, out
+
+    def computed_share(self) -> float:
+        """Return the FLOP that the engine computes over 4 x parameters x real tokens, on some of the batches."""
+        lengths = sorted(e.tokens for e in self._examples[: self._counts[0]])
+        examples = sorted(self._examples[: self._counts[0]], key=lambda e: e.tokens)
+        batches = batches_by_tokens(lengths, self.batch_tokens)[::4]
+        collated = [self.task.collate([examples[i] for i in batch]) for batch in batches]
+        tokens = sum(lengths[i] for batch in batches for i in batch)
+        return computed_flops(self.engine, collated) / (4 * self.parameters * tokens)
 
     def round(self, seed: int) -> dict[str, Any]:
         """Time one round.
@@ -291,6 +324,7 @@ def contest(
             patience.wait()
     return {
         "parameters": field.parameters,
+        "computed_share": field.computed_share(),
         "batch_tokens": field.batch_tokens,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -121,7 +121,7 @@ def _llama(device: str, folder: Path, small: bool) -> dict[str, Any]:
 
     import repmatch
     from repmatch.curator import precision
-    from repmatch.curator.windows import Batches
+    from repmatch.curator.batches import Batches
     from repmatch.curator.workbench import Workbench
     from repmatch.datamodels import Row
 

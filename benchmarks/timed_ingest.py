@@ -32,8 +32,8 @@ def main() -> None:
     began = time.perf_counter()
     from repmatch.cli import main as cli_main
     from repmatch.curator import ingest
+    from repmatch.curator.batches import Batches
     from repmatch.curator.classification import SequenceClassification
-    from repmatch.curator.windows import Batches
     from repmatch.store import Store
 
     _spent["imports"] = time.perf_counter() - began

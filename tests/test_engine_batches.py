@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from test_engine import build, make_rows
 from tiny_models import ARCHITECTURES, checkpoint
 
+from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.classification import Example, SequenceClassification
-from repmatch.curator.engine import BatchFactors, FactorEngine, batches_by_tokens
+from repmatch.curator.engine import BatchFactors, FactorEngine
 from repmatch.datamodels import Row
 
 REAL = (

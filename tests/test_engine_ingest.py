@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from tiny_more import GatedLstm, causal_checkpoint, image_checkpoint, masked_che
 
 import repmatch
 from repmatch.curator import precision, windows, work
+from repmatch.curator.batches import Batches, Window, batches_by_tokens, factors_of
+from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import BatchFactors
 from repmatch.curator.overlap import ahead, behind
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import OwnModel
 from repmatch.curator.workbench import Workbench
+from repmatch.datamodels import Row
 from repmatch.errors import ModelError
 
 
@@ -332,21 +337,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on_smaller(tmp_path: Path) -> N
     engine, task = build(checkpoint(tmp_path), 1)
     rows = make_rows(24)
     examples = task.encode(rows)
-    whole, _ = windows.factors_of(engine, task, rows, examples, 10_000)
+    whole, _ = factors_of(engine, task, rows, examples, 10_000)
     small = Small(engine, 5)
-    batches = windows.Batches(small, task, 200, 1)  # type: ignore[arg-type]
+    batches = Batches(small, task, 200, 1)  # type: ignore[arg-type]
     ticks: list[int] = []
     found, bad = batches.factors(rows, examples, tick=ticks.append)
     assert not bad
     np.testing.assert_allclose(found.values, whole.values, atol=2e-3)
     assert batches.limit < 200
-    assert ticks[-1] == 24
+    assert sum(ticks) == 24
     failures = sum(count > 5 for count in small.seen)
     before = len(small.seen)
     batches.factors(rows, examples)
     assert sum(count > 5 for count in small.seen[before:]) < failures  # it has learned
     with pytest.raises(ModelError, match="alone does not fit into memory"):
-        windows.Batches(Small(engine, 0), task, 200, 1).factors(rows, examples)  # type: ignore[arg-type]
+        Batches(Small(engine, 0), task, 200, 1).factors(rows, examples)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -354,9 +359,9 @@ def test_batches_side_by_side_give_the_same_bytes_every_time(tmp_path: Path, ran
     engine, task = build(checkpoint(tmp_path), rank)
     rows = make_rows(40)
     examples = task.encode(rows)
-    one_by_one, _ = windows.Batches(engine, task, 60, 1).factors(rows, examples)
+    one_by_one, _ = Batches(engine, task, 60, 1).factors(rows, examples)
     threads = torch.get_num_threads()
-    beside = windows.Batches(engine, task, 60, 3)
+    beside = Batches(engine, task, 60, 3)
     found = [beside.factors(rows, examples)[0] for _ in range(3)]
     assert torch.get_num_threads() == threads
     for batch in found:
@@ -368,8 +373,69 @@ def test_batches_side_by_side_give_the_same_bytes_every_time(tmp_path: Path, ran
     assert all(not m._forward_hooks for twin in beside._twins for m in twin.module.modules())
     engine._loss = lambda module, inputs: module(input_ids=inputs["nothing"])
     with pytest.raises(KeyError, match="nothing"):
-        windows.Batches(engine, task, 60, 3).factors(rows, examples)
+        Batches(engine, task, 60, 3).factors(rows, examples)
     assert torch.get_num_threads() == threads
+
+
+def windows_of(rows: list[Row], task: SequenceClassification, *sizes: int) -> Iterator[Window]:
+    for size in sizes:
+        some, rows = rows[:size], rows[size:]
+        yield some, task.encode(some), [size]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_stream_of_windows_gives_what_each_window_gives(tmp_path: Path, workers: int) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    rows, sizes = make_rows(61), (20, 1, 25, 15)  # the second is a batch on all cores
+    ticks: list[int] = []
+    found = list(Batches(engine, task, 60, workers).stream(windows_of(rows, task, *sizes), ticks.append))
+    assert sum(ticks) == 61
+    alone = Batches(engine, task, 60, workers)
+    for (batch, bad), (some, examples, _) in zip(found, windows_of(rows, task, *sizes), strict=True):
+        expected, _ = alone.factors(some, examples)
+        assert not bad
+        assert batch.rows == expected.rows == tuple(some)
+        assert batch.values.tobytes() == expected.values.tobytes()
+        assert batch.losses.tobytes() == expected.losses.tobytes()
+    assert list(Batches(engine, task, 60, workers).stream(iter([]))) == []
+
+
+def test_the_next_window_is_begun_before_the_last_one_is_taken(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    loss, begun = engine._loss, threading.Semaphore(0)
+
+    def counted(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        begun.release()
+        return loss(module, inputs)
+
+    beside = Batches(engine, task, 60, 2)
+    beside.factors(make_rows(20), task.encode(make_rows(20)))  # the first batch of all is computed more than once
+    engine._loss = counted
+    for twin in beside._twins:
+        twin._loss = counted
+    sizes = (20, 20, 20)
+    planned = [len(batches_by_tokens([e.tokens for e in x], 60)) for _, x, _ in windows_of(make_rows(60), task, *sizes)]
+    made = beside.stream(windows_of(make_rows(60), task, *sizes))
+    next(made)
+    for _ in range(planned[0] + planned[1]):  # nobody asks for the second window, and it is computed
+        assert begun.acquire(timeout=30)
+    assert not begun.acquire(timeout=0.2)  # but not the third
+    made.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("repmatch-batch")]
+
+
+def test_an_error_in_a_window_comes_after_the_windows_before_it(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+
+    def broken() -> Iterator[Window]:
+        yield from windows_of(make_rows(40), task, 20, 20)
+        raise OSError("the disk is gone")
+
+    made = Batches(engine, task, 60, 2).stream(broken())
+    assert [len(next(made)[0].rows) for _ in range(2)] == [20, 20]
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(made)
+    assert not [t for t in threading.enumerate() if t.name.startswith("repmatch-batch")]
 
 
 def test_batches_on_cuda_are_sized_from_free_memory() -> None:

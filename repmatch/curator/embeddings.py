@@ -118,7 +118,7 @@ def embed(bench: Workbench, labels: Sequence[str], task: Any, examples: Sequence
     """
     import torch
 
-    from repmatch.curator.engine import batches_by_tokens
+    from repmatch.curator.batches import batches_by_tokens
 
     out = np.zeros((len(examples), _width(bench, labels)), np.float32)
     module: Any = bench.module(len(labels))

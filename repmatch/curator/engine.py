@@ -28,14 +28,12 @@ from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError
 
-__all__ = ["BatchFactors", "FactorEngine", "batches_by_tokens", "first_step", "left_singular", "unit_rows"]
+__all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_rows"]
 
 # A singular value below this share of the largest one counts as zero: its direction is rounding noise. It happens:
 # the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
 # step's eps adds to it is of this size.
 _RANK_TOLERANCE = 1e-4
-# What a batch costs beside its tokens, as a share of the tokens it may hold.
-_BATCH_COST = 1 / 32
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -336,36 +334,3 @@ def left_singular(m: Tensor) -> tuple[Tensor, Tensor]:
     columns = columns * keep[:, None, :]
     core = columns.transpose(1, 2) @ m
     return columns.masked_fill(broken, torch.nan), core.masked_fill(broken, torch.nan)
-
-
-def batches_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Group instances of similar length into batches of at most `limit` padded tokens, with the least work.
-
-    Of all ways to cut the instances, sorted by length, the one whose padded tokens and batches cost least, where a
-    batch costs as much as `limit` / 32 tokens do.
-
-    Args:
-        lengths: tokens of each instance.
-        limit: padded tokens a batch may hold; a longer instance is a batch of its own.
-
-    Returns:
-        Positions in `lengths`, batch after batch, shortest first; ties by position.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    overhead = _BATCH_COST * limit
-    # What the first j instances cost, and where their last batch begins; of equal cuts the one with the largest batch.
-    least = np.zeros(len(order) + 1)
-    begins = [0] * (len(order) + 1)
-    sizes = np.arange(len(order), 0, -1)
-    for j in range(1, len(order) + 1):
-        longest = max(1, lengths[order[j - 1]])
-        lo = max(0, j - max(1, limit // longest))
-        costs = least[lo:j] + longest * sizes[len(order) - j + lo :]
-        best = int(costs.argmin())
-        least[j], begins[j] = costs[best] + overhead, lo + best
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        batches.append(order[begins[end] : end])
-        end = begins[end]
-    return batches[::-1]

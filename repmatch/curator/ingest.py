@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from repmatch.curator.batches import factors_of
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.shards import Shard, divide
-from repmatch.curator.windows import Progress, factors_of, window_tokens, windows
+from repmatch.curator.windows import Progress, window_tokens, windows
 from repmatch.curator.work import Work
 from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError

@@ -1,13 +1,14 @@
 """Work beside work: the next window is made ready, and the last one stored, while this one is computed.
 
-On an accelerator the processor's cores are idle meanwhile; on the CPU they are not, and everything stays in one thread.
+On an accelerator the processor's cores are idle meanwhile; on the CPU they are not: there windows are read and stored
+in the main thread, while batches are computed (see `repmatch.curator.batches`).
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,7 +18,7 @@ T = TypeVar("T")
 _DEPTH = 2
 
 
-def ahead(items: Iterator[T], on: bool = True) -> Iterator[T]:
+def ahead(items: Iterator[T], on: bool = True) -> Generator[T, None, None]:
     """Iterate with a thread that is some items ahead.
 
     Args:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from repmatch.curator import start
+from repmatch.curator.batches import Batches, default_workers
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.ingest import IngestOptions
 from repmatch.curator.rows import open_rows
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import Batches, Progress, default_workers, window_tokens, windows
+from repmatch.curator.windows import Progress, window_tokens, windows
 from repmatch.datamodels import BadRow, Encoding, Row
 from repmatch.errors import InputError
 from repmatch.store.encoding import RowFormat

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.curator.windows import Batches, Progress, grouped, window_tokens, windows, windows_at_once
+from repmatch.curator.batches import Batches, Window
+from repmatch.curator.windows import Progress, grouped, window_tokens, windows, windows_at_once
 from repmatch.datamodels import BadRow, Dataset, FactorBatch, Layout
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Work:
         self._stage = stage
         self._bench = bench
         self._dataset = dataset
-        self._total = 0
+        self._total = self._done = 0
         self._tell = tell
 
     @cached_property
@@ -72,7 +74,7 @@ class Work:
         Returns:
             Factors stored, instances among them that were cut, and the rows without a finite factor.
         """
-        self._total = total
+        self._total, self._done = total, 0
         if total == 0:
             return 0, 0, []
         from repmatch.curator.overlap import ahead, behind
@@ -82,31 +84,35 @@ class Work:
         batches = Batches(engine, self.task, self._bench.batch_tokens)
         overlapping = engine.device.type == "cuda"
         stream = grouped(windows(self._stage.todo(), self.task, self.tokens), windows_at_once(engine))
-        done = truncated = 0
+        truncated = 0
         lost: list[BadRow] = []
-        with behind(self._keep, overlapping) as keep:
-            for rows, examples, sizes in ahead(stream, overlapping):
-                if "precision" not in self.detail:
-                    self._look(batches, examples)
-                batch, bad = batches.factors(rows, examples, sizes=sizes, tick=partial(self._within, done))
+        with (
+            behind(self._keep, overlapping) as keep,
+            closing(ahead(stream, overlapping)) as coming,
+            closing(batches.stream(self._looked_at(batches, coming), self._tick)) as made,
+        ):
+            for batch, bad in made:
                 if "sign_error" not in self.detail and dataset.encoding == "sign":
                     self.detail["sign_error"] = sign_error(batch.values[:SIGN_SAMPLE], engine.layout)
                 if batch.rows:
                     keep(batch)
                 lost += bad
                 truncated += int(batch.truncated.sum())
-                done += len(rows)
-                self._tick(done)
-        return done - len(lost), truncated, lost
+        return self._done - len(lost), truncated, lost
+
+    def _looked_at(self, batches: Batches, stream: Iterator[Window]) -> Iterator[Window]:
+        """Pass windows on; the first one decides how all are computed."""
+        for rows, examples, sizes in stream:
+            if "precision" not in self.detail:
+                self._look(batches, examples)
+            yield rows, examples, sizes
 
     def _keep(self, batch: FactorBatch) -> None:
         self._store.append(self._dataset.name, self._bench.space.id, self._dataset.encoding, batch)
 
-    def _within(self, before: int, done: int) -> None:
-        self._tick(before + done)
-
-    def _tick(self, done: int) -> None:
-        self._tell("factors", done, self._total)
+    def _tick(self, rows: int) -> None:
+        self._done += rows
+        self._tell("factors", self._done, self._total)
 
     def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
         from repmatch.curator.tasks import OwnModel

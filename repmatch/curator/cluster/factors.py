@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.curator.batches import Batches
 from repmatch.curator.cluster.connection import ClusterOptions, connected
 from repmatch.curator.cluster.crew import Crew, check_in
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import Batches, window_tokens, windows
+from repmatch.curator.windows import window_tokens, windows
 from repmatch.curator.work import LOOK, SIGN_SAMPLE, Work, look, sign_error
 from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row, Space
 from repmatch.errors import UsageError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repmatch.curator.engine import batches_by_tokens
+from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.tasks import Example, Task
 from repmatch.datamodels import Matrix
 from repmatch.errors import ModelError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import start
-from repmatch.curator.engine import batches_by_tokens
+from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.evaluate.lower import LowerLayers
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmatch.curator import start
-from repmatch.curator.engine import batches_by_tokens, first_step
+from repmatch.curator.batches import batches_by_tokens
+from repmatch.curator.engine import first_step
 from repmatch.errors import SelectionError, UsageError
 from repmatch.similarity import chance, matrix_scores, orthonormal
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import layers, start
-from repmatch.curator.engine import batches_by_tokens
+from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.stack import AdapterStack
 from repmatch.curator.training import batches, train_step
 from repmatch.curator.warm import shared_copy
