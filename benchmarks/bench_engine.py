@@ -78,7 +78,7 @@ class Bench:
         from repmatch.curator.workbench import Workbench
         from repmatch.datamodels import Row
 
-        count, few, steps = self.options.rows // 4, self.options.loop_rows // 4, 10
+        count, few, steps = self.options.rows // 16, self.options.loop_rows // 4, 10
         lines = self.lines("sst2", count)
         rows = [Row(str(i), "{}", v["text"], None, str(v["label"]), "", "", "", i) for i, v in enumerate(lines)]
         labels = sorted({row.label for row in rows})
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(CPU_PARTS), help="what to measure")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("REPMATCH_DATA", ".")), help="datasets")
-    parser.add_argument("--rows", type=int, default=1000, help="rows a round for the engine")
+    parser.add_argument("--rows", type=int, default=4000, help="rows a round for the engine")
     parser.add_argument("--loop-rows", type=int, default=40, help="rows a round for each loop")
     parser.add_argument("--rounds", type=int, default=3, help="rounds")
     parser.add_argument("--peers", type=Path, help="Python with traker and bergson")
