@@ -11,15 +11,14 @@ import pytest
 import torch
 from test_engine import build, make_rows
 from tiny_models import checkpoint
+from tiny_more import image_checkpoint
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
 from repmatch.curator import targets
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.shortcuts import LastLayer, Shortcut
-
-NOTHING, HALF, ALL = Shortcut(False, False), Shortcut(False, True), Shortcut(True, True)
-BERT_LIKE = ("bert", "roberta", "electra")
 
 
 def engine_of(
@@ -39,8 +38,14 @@ def batch(task: SequenceClassification, words: range, count: int = 6) -> dict[st
     return task.collate(examples)
 
 
-@pytest.mark.parametrize("architecture", BERT_LIKE)
-@pytest.mark.parametrize("adapted", [None, ["query", "key", "value"], ["dense"], ["key"]])
+CASES = [
+    *((name, adapted) for name in ("bert", "roberta", "electra") for adapted in (None, ["query", "key", "value"])),
+    *(("bert", [adapted]) for adapted in ("dense", "key")),
+    *(("distilbert", adapted) for adapted in (None, ["q_lin", "k_lin", "v_lin"], ["out_lin", "lin1"])),
+]
+
+
+@pytest.mark.parametrize(("architecture", "adapted"), CASES)
 @pytest.mark.parametrize("words", [range(3, 5), range(6, 20)], ids=["short", "long"])
 def test_losses_and_gradients_are_those_of_the_whole_model(
     tmp_path: Path, architecture: str, adapted: list[str] | None, words: range
@@ -48,9 +53,9 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
     engine, task = engine_of(tmp_path, architecture, adapted)
     inputs = batch(task, words)
     engine.try_shortcut(inputs)
-    assert engine._shortcut == ALL
+    assert engine._shortcut is Shortcut.LAYER
     found, losses = engine.gradients(inputs)
-    engine._shortcut = NOTHING
+    engine._shortcut = Shortcut.NONE
     whole, expected = engine.gradients(inputs)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     for name, gradient in whole.items():
@@ -70,9 +75,9 @@ def test_the_attention_of_the_other_tokens_is_not_computed(tmp_path: Path) -> No
     last.output.dense.register_forward_pre_hook(
         lambda _, args: seen.setdefault("output", []).append(tuple(args[0].shape))
     )
-    with torch.no_grad(), last.cut(ALL):
+    with torch.no_grad(), last.cut(Shortcut.LAYER):
         engine._loss(engine.module, inputs)
-    heads = last.attention.num_attention_heads
+    heads = last.attention.heads
     assert seen["query"] == [(6, 1, 32)]
     assert seen["value"] == [(6, heads, 32)]
     assert seen["output"] == [(6, 1, 32)]
@@ -82,7 +87,7 @@ def test_keys_that_nobody_watches_are_not_computed(tmp_path: Path) -> None:
     engine, task = engine_of(tmp_path)
     last: Any = LastLayer.of(engine.module)
     last.attention.key.forward = lambda x: pytest.fail("the keys of all tokens were computed")
-    with torch.no_grad(), last.cut(ALL):
+    with torch.no_grad(), last.cut(Shortcut.LAYER):
         assert torch.isfinite(engine._loss(engine.module, batch(task, range(6, 20)))).all()
 
 
@@ -96,12 +101,12 @@ def test_a_head_that_reads_every_token_gets_every_token(tmp_path: Path) -> None:
     engine.module.bert.pooler = MeanPooler()  # type: ignore[union-attr]
     inputs = batch(task, range(6, 20))
     engine.gradients(inputs)
-    assert engine._shortcut == NOTHING
+    assert engine._shortcut is Shortcut.NONE
 
 
 def test_an_attention_that_computes_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     engine, task = engine_of(tmp_path)
-    attention: Any = LastLayer.of(engine.module).attention  # type: ignore[union-attr]
+    attention: Any = LastLayer.of(engine.module).attention.module  # type: ignore[union-attr]
     whole = type(attention).forward
 
     class Doubled(type(attention)):  # type: ignore[misc]
@@ -110,30 +115,62 @@ def test_an_attention_that_computes_something_else_is_left_as_it_is(tmp_path: Pa
 
     attention.__class__ = Doubled
     engine.gradients(batch(task, range(6, 20)))
-    assert engine._shortcut == HALF
+    assert engine._shortcut is Shortcut.OUTPUT
 
 
 def test_dropout_while_training_meets_the_shares_of_all_tokens(tmp_path: Path) -> None:
     engine, task = engine_of(tmp_path)
     last: Any = LastLayer.of(engine.module)
     inputs = batch(task, range(6, 20))
-    last.attention.train()
-    last.attention.dropout.p = 0.5
+    last.attention.module.train()
+    last.attention.module.dropout.p = 0.5
     losses = []
-    for shortcut in (HALF, ALL):
+    for shortcut in (Shortcut.NONE, Shortcut.LAYER):
         torch.manual_seed(0)
         with torch.no_grad(), last.cut(shortcut):
             losses.append(engine._loss(engine.module, inputs))
     assert torch.equal(*losses)
 
 
-def test_other_architectures_have_no_shortcut_and_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    assert LastLayer.of(engine_of(tmp_path / "d", "distilbert")[0].module) is None
-    last: Any = LastLayer.of(engine_of(tmp_path / "b")[0].module)
-    with pytest.raises(RuntimeError, match="stop"), last.cut(ALL):
-        raise RuntimeError("stop")
-    assert "forward" not in vars(last.attention)
-    assert not last.output._forward_pre_hooks
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    last: Any = LastLayer.of(engine_of(tmp_path)[0].module)
+    for shortcut in Shortcut:
+        with pytest.raises(RuntimeError, match="stop"), last.cut(shortcut):
+            raise RuntimeError("stop")
+        assert not [m for m in last.layer.modules() if "forward" in vars(m) or m._forward_pre_hooks]
+
+
+def test_an_image_classifier_that_reads_its_first_token_has_the_shortcut(tmp_path: Path) -> None:
+    model: Any = AutoModelForImageClassification.from_pretrained(image_checkpoint(tmp_path, "vit"), num_labels=2).eval()
+    last: Any = LastLayer.of(model)
+    torch.manual_seed(0)
+    inputs = {"pixel_values": torch.randn(5, 3, 32, 32)}
+
+    def loss(module: Any, given: Any) -> Tensor:
+        found: Tensor = torch.nn.functional.cross_entropy(
+            module(**given).logits, torch.zeros(5, dtype=torch.long), reduction="none"
+        )
+        return found
+
+    assert last.try_out(model, loss, inputs) is Shortcut.LAYER
+    weights = [p for n, p in model.named_parameters() if p.requires_grad and "layers" in n]
+    expected = torch.autograd.grad(loss(model, inputs).sum(), weights, allow_unused=True)
+    with last.cut(Shortcut.LAYER):
+        found = torch.autograd.grad(loss(model, inputs).sum(), weights, allow_unused=True)
+    keyless = 0
+    for one, other in zip(found, expected, strict=True):
+        if one is None or other is None:  # the bias of the keys changes nothing, and is not read
+            keyless += 1
+            assert other is None or float(other.abs().max()) < 1e-6
+            continue
+        assert float((one - other).norm()) <= 1e-4 * float(other.norm()) + 1e-6  # keys: rounding alone
+    assert keyless <= 1
+
+
+def test_other_architectures_have_none(tmp_path: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(image_checkpoint(tmp_path, "resnet"), num_labels=2)
+    assert LastLayer.of(model) is None
+    assert LastLayer.of(nn.Linear(2, 2)) is None
 
 
 def test_a_loss_that_is_not_finite_decides_nothing(tmp_path: Path) -> None:
