@@ -134,13 +134,19 @@ def test_a_node_killed_at_work_leaves_no_trace(
 
 
 DRIVER = """
-import sys
+import time
 import repmatch
 from repmatch.curator import windows
 from repmatch.curator.cluster.connection import ClusterOptions
 windows._WINDOW_ROWS = ({window}, {window})
+
+def progress(*told):
+    print(*told, flush=True)
+    if told[0] == "factors":  # so that it is at work still when it is killed
+        time.sleep(0.5)
+
 with repmatch.open({store!r}) as store:
-    repmatch.Curator(store, {model!r}, progress=lambda *told: print(*told, flush=True)).ingest(
+    repmatch.Curator(store, {model!r}, progress=progress).ingest(
         {rows!r}, "toy", cluster=ClusterOptions(address={address!r}))
 """
 

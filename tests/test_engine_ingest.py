@@ -386,7 +386,7 @@ def windows_of(rows: list[Row], task: SequenceClassification, *sizes: int) -> It
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_stream_of_windows_gives_what_each_window_gives(tmp_path: Path, workers: int) -> None:
     engine, task = build(checkpoint(tmp_path), 1)
-    rows, sizes = make_rows(61), (20, 1, 25, 15)  # the second is a batch on all cores
+    rows, sizes = make_rows(61), (20, 1, 25, 15)
     ticks: list[int] = []
     found = list(Batches(engine, task, 60, workers).stream(windows_of(rows, task, *sizes), ticks.append))
     assert sum(ticks) == 61
@@ -398,6 +398,21 @@ def test_a_stream_of_windows_gives_what_each_window_gives(tmp_path: Path, worker
         assert batch.values.tobytes() == expected.values.tobytes()
         assert batch.losses.tobytes() == expected.losses.tobytes()
     assert list(Batches(engine, task, 60, workers).stream(iter([]))) == []
+    assert len(Batches(engine, task, 60, workers).factors([], [])[0].rows) == 0
+
+
+def test_a_factor_does_not_depend_on_the_number_of_cores(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    rows, threads, found = make_rows(5), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(Batches(engine, task, 1024).factors(rows, task.encode(rows))[0])
+    finally:
+        torch.set_num_threads(threads)
+    for batch in found[1:]:
+        assert batch.values.tobytes() == found[0].values.tobytes()
+        assert batch.losses.tobytes() == found[0].losses.tobytes()
 
 
 def test_the_next_window_is_begun_before_the_last_one_is_taken(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -136,9 +135,7 @@ class Batches:
                 except Exception as found:  # what was read before is finished first
                     error = found
                     break
-                groups = self._planned(examples, sizes)
-                parts = submit(examples, groups) if len(groups) > 1 else self._one_by_one(examples, groups)
-                waiting.append((rows, examples, parts))
+                waiting.append((rows, examples, submit(examples, self._planned(examples, sizes))))
                 if len(waiting) > 1:
                     yield self._gathered(*waiting.popleft(), tell)
             while waiting:
@@ -190,7 +187,7 @@ class Batches:
 
     @contextmanager
     def _pool(self) -> Iterator[Callable[[Sequence[Example], Sequence[list[int]]], Iterator[Parts]]]:
-        """One batch a core: no core waits for another within a batch, as it would if they shared each product.
+        """Keep a thread a core, each with an engine of its own: none waits for another, as it would within a product.
 
         Yields:
             What begins to compute batches, and returns an iterator over them as they are done.
@@ -199,10 +196,12 @@ class Batches:
 
         before = torch.get_num_threads()
         idle: queue.SimpleQueue[FactorEngine] = queue.SimpleQueue()
-        begun = threading.Event()
+        lent = iter(range(self._workers))
 
         def work(examples: Sequence[Example], group: list[int]) -> Parts:
-            torch.set_num_threads(1)  # of this thread
+            # Of this thread. One alone computes a batch even where others have nothing to do, because a product shared
+            # by several is rounded differently, and factors should not depend on how many cores a machine has.
+            torch.set_num_threads(1)
             engine = idle.get()
             try:
                 return self._fitting(engine, examples, group)
@@ -210,14 +209,13 @@ class Batches:
                 idle.put(engine)
 
         def submit(examples: Sequence[Example], groups: Sequence[list[int]]) -> Iterator[Parts]:
-            if not self._twins:
+            if groups:
                 self.engine.try_shortcut(self.task.collate([examples[i] for i in groups[0][:2]]))
-                self._twins = [self.engine.twin() for _ in range(self._workers)]
-            if not begun.is_set():
-                for twin in self._twins:
-                    twin.precision = self.engine.precision
-                    idle.put(twin)
-                begun.set()
+            for _, at in zip(groups, lent, strict=False):
+                if at == len(self._twins):
+                    self._twins.append(self.engine.twin())
+                self._twins[at].precision = self.engine.precision
+                idle.put(self._twins[at])
             # The longest first: what is left for the end is short.
             futures = [pool.submit(work, examples, group) for group in reversed(groups)]
             return (future.result() for future in as_completed(futures))
