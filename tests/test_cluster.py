@@ -134,6 +134,7 @@ def test_a_node_killed_at_work_leaves_no_trace(
 
 
 DRIVER = """
+import sys
 import time
 import repmatch
 from repmatch.curator import windows
@@ -141,7 +142,7 @@ from repmatch.curator.cluster.connection import ClusterOptions
 windows._WINDOW_ROWS = ({window}, {window})
 
 def progress(*told):
-    print(*told, flush=True)
+    print(*told, file=sys.stderr, flush=True)
     if told[0] == "factors":  # so that it is at work still when it is killed
         time.sleep(0.5)
 
@@ -158,9 +159,9 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_run(
 ) -> None:
     given = {"store": tmp_path / "s", "model": tiny_model, "rows": rows_file, "address": cluster.address}
     text = DRIVER.format(window=WINDOW, **{name: str(value) for name, value in given.items()})
-    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        for line in driver.stdout:
+    with subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True) as driver:
+        assert driver.stderr is not None
+        for line in driver.stderr:
             if line.startswith("factors 3"):  # three windows are stored
                 driver.kill()
                 break
