@@ -641,3 +641,20 @@ def test_old_spaces_keep_their_ids(tmp_path: Path) -> None:
     assert (bench.space.task, bench.space.template) == task
     assert dict(bench.space.optimizer) == optimizer
     assert bench.space.warm_start is None
+
+
+def test_rows_without_a_finite_loss_at_the_beginning_leave_the_bytes_the_same(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    loss, rows = engine._loss, make_rows(60)
+    shortest = min(e.tokens for e in task.encode(rows))
+
+    def undefined(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        short = inputs["attention_mask"].sum(dim=1) <= shortest
+        return torch.where(short, torch.nan, loss(module, inputs))
+
+    engine._loss = undefined
+    streams = [list(Batches(engine.twin(), task, 60, 3).stream(windows_of(rows, task, 30, 30))) for _ in range(3)]
+    assert sum(len(bad) for _, bad in streams[0]) >= 1
+    for found in streams[1:]:
+        for (one, _), (other, _) in zip(found, streams[0], strict=True):
+            assert one.values.tobytes() == other.values.tobytes()

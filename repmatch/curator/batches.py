@@ -18,6 +18,7 @@ from repmatch.errors import ModelError
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import BatchFactors, FactorEngine
+    from repmatch.curator.shortcuts import Shortcut
     from repmatch.curator.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
@@ -198,26 +199,28 @@ class Batches:
         idle: queue.SimpleQueue[FactorEngine] = queue.SimpleQueue()
         lent = iter(range(self._workers))
 
-        def work(examples: Sequence[Example], group: list[int]) -> Parts:
+        def work(examples: Sequence[Example], shortcut: Shortcut, group: list[int]) -> Parts:
             # Of this thread. One alone computes a batch even where others have nothing to do, because a product shared
             # by several is rounded differently, and factors should not depend on how many cores a machine has.
             torch.set_num_threads(1)
             engine = idle.get()
+            engine.take_shortcut(shortcut)
             try:
                 return self._fitting(engine, examples, group)
             finally:
                 idle.put(engine)
 
         def submit(examples: Sequence[Example], groups: Sequence[list[int]]) -> Iterator[Parts]:
-            if groups:
-                self.engine.try_shortcut(self.task.collate([examples[i] for i in groups[0][:2]]))
+            if not groups:
+                return iter(())
+            shortcut = self.engine.try_shortcut(self.task.collate([examples[i] for i in groups[0][:2]]))
             for _, at in zip(groups, lent, strict=False):
                 if at == len(self._twins):
                     self._twins.append(self.engine.twin())
                 self._twins[at].precision = self.engine.precision
                 idle.put(self._twins[at])
             # The longest first: what is left for the end is short.
-            futures = [pool.submit(work, examples, group) for group in reversed(groups)]
+            futures = [pool.submit(work, examples, shortcut, group) for group in reversed(groups)]
             return (future.result() for future in as_completed(futures))
 
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repmatch-batch")

@@ -126,16 +126,27 @@ class FactorEngine:
                 stack.enter_context(self._last_layer.cut(self._shortcut))
             yield
 
-    def try_shortcut(self, inputs: Mapping[str, Tensor]) -> None:
+    def try_shortcut(self, inputs: Mapping[str, Tensor]) -> Shortcut:
         """Find out on the first batch what of the last layer can be left out without another loss.
 
         Args:
             inputs: a batch.
+
+        Returns:
+            What can; nothing as long as no loss was finite.
         """
-        if self._last_layer is None or self._shortcut is not None:
-            return
-        few = {name: value[:2] for name, value in inputs.items()}
-        self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
+        if self._last_layer is not None and self._shortcut is None:
+            few = {name: value[:2] for name, value in inputs.items()}
+            self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
+        return self._shortcut or Shortcut.NONE
+
+    def take_shortcut(self, shortcut: Shortcut) -> None:
+        """Leave out what another engine of the same model has found out.
+
+        Args:
+            shortcut: from its `try_shortcut`.
+        """
+        self._shortcut = shortcut
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
