@@ -242,6 +242,39 @@ def test_a_header_that_claims_four_gigabytes(path: Path) -> None:
         SegmentFile(path / "segments", 1, 8).header()
 
 
+SOUND = {"id": "x", "space_id": "s", "subset": "d", "members": "m", "recipe": {}, "record": {}}
+ORDER = {"a": ["m"], "b": ["m"], "full": []}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        *("3", "[]", "null", '"x"', "", "[" * 100_000, "{}"),
+        json.dumps(SOUND),
+        *(json.dumps({**SOUND, "order": order}) for order in (3, [], "m", {"a": 5}, {"a": [["m"]]}, {"a": ["n"]})),
+        json.dumps({**SOUND, "order": {"a": ["m"]}}),
+        *(json.dumps({**SOUND, "order": ORDER, **more}) for more in ({"id": 5}, {"recipe": [1]}, {"record": "x"})),
+        json.dumps({**SOUND, "order": {"a": ["m"], "b": ["m"], "full": ["h"]}}),
+        json.dumps({**SOUND, "order": {"a": ["wide"], "b": ["wide"]}}),
+        json.dumps({**SOUND, "order": ORDER, "more": 1}),
+        json.dumps({**SOUND, "order": ORDER, "id": "y"}),
+    ],
+    ids=range(22),
+)
+def test_adapter_files_of_nonsense_are_not_entered(path: Path, run: Run, about: str) -> None:
+    part = np.ones((1, 2), np.float32)
+    tensors = {"A/m": part, "B/m": part.T.copy(), "A/wide": part, "B/wide": part, "full/h": part.astype(np.float64)}
+    (path / "adapters").mkdir(exist_ok=True)
+    save_file(tensors, path / "adapters" / "x.safetensors", metadata={"repmatch": about})
+    for command in (["info"], ["verify"], ["repair"], ["adapter", "list"]):
+        shown = run("--store", path, *command)
+        assert "Traceback" not in shown.err
+        assert "defect of repmatch" not in shown.err
+    with stores.open(path, mode="w") as store:
+        assert len(store.ids("d")) == 6
+        assert len(store.adapters()) == 0
+
+
 BAD_BATCHES: list[Callable[[dict[str, Any]], Any]] = [
     lambda value: {},
     lambda value: {**value, "rows": 5},
@@ -338,3 +371,19 @@ def test_an_alpha_of_nonsense(tmp_path: Path) -> None:
 def test_patterns_that_peft_writes_are_still_read(tmp_path: Path) -> None:
     lora = read_lora(checkpoint(tmp_path / "c", {"lora_alpha": 4, "alpha_pattern": {r"layer\.\d+\.query": 16}}))
     assert lora.layers["layer.0.query"].scale == 8
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", "3", "[" * 100_000, "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
+)
+def test_models_of_nonsense(run: Run, tmp_path: Path, tiny_model: Path, name: str, text: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / name).write_text(text, encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"id": i, "text": "a film", "label": i}) + "\n" for i in "ab"), encoding="utf-8")
+    shown = run("--store", tmp_path / "s", "ingest", rows, "--dataset", "d", "--model", model)
+    assert shown.code == 1
+    assert str(model) in shown.err
+    assert "defect of repmatch" not in shown.err

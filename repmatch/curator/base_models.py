@@ -38,6 +38,28 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def json_file(path: Path) -> dict[str, Any]:
+    """Read a model's JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its object.
+
+    Raises:
+        OSError: it cannot be read.
+        ModelError: it holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch the model again.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object; fetch the model again.")
+    return found
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model on disk: a folder with config.json, safetensors weights and a tokenizer.
@@ -55,15 +77,13 @@ class BaseModel:
         """The content of config.json."""
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json_file(path)
         except OSError as error:
             raise ModelError(
                 f"{self.folder} holds no readable config.json ({error.strerror}); a base model is a folder as "
                 "save_pretrained() writes it. Name another with --model."
             ) from error
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON ({error}); fetch the model again.") from error
-        if not isinstance(config, dict) or "model_type" not in config:
+        if "model_type" not in config:
             raise ModelError(f"{path} names no model_type; expected the config of a transformers model.")
         return config
 
@@ -76,7 +96,10 @@ class BaseModel:
         """
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = json_file(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise ModelError(f"{index} maps no weights to files; fetch the model again.")
+            names = sorted(set(listed.values()))
             if any(Path(n).name != n for n in names):
                 raise ModelError(
                     f"{index} names files outside its folder: {names}; the checkpoint is not to be trusted."
@@ -130,7 +153,7 @@ def find_model(name: str | None) -> BaseModel:
         The model, its files in a folder on this machine.
 
     Raises:
-        ModelError: it is neither, or the hub does not have it or cannot be reached.
+        ModelError: it is neither, its config cannot be read, or the hub does not have it or cannot be reached.
         MissingExtraError: the embedded model's package is not installed.
     """
     if name is None or name == EMBEDDED:
@@ -142,7 +165,7 @@ def find_model(name: str | None) -> BaseModel:
         return model
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return BaseModel(str(folder.resolve()), folder.resolve())
+        return _checked(BaseModel(str(folder.resolve()), folder.resolve()))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or folder.exists():
         raise ModelError(f"{name!r} is neither a folder nor the name of a model on a hub (like org/model).")
     return _from_hub(name)
@@ -161,7 +184,13 @@ def _from_hub(name: str) -> BaseModel:
             f"the model {name!r} is no folder here and could not be fetched from the hub ({reason}). Check the name "
             "and the network, or give the path of a folder with --model."
         ) from error
-    return BaseModel(name, Path(folder))
+    return _checked(BaseModel(name, Path(folder)))
+
+
+def _checked(model: BaseModel) -> BaseModel:
+    """Read the config before a library does whose errors name neither the file nor what to do."""
+    _ = model.config
+    return model
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -338,5 +337,5 @@ def _module(model: base_models.BaseModel, task: str, labels: int, seed: int) -> 
 @lru_cache(maxsize=4)
 def _pixels(model: base_models.BaseModel) -> images.Pixels:
     path = model.folder / "preprocessor_config.json"
-    processor = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    processor = base_models.json_file(path) if path.exists() else {}
     return images.Pixels.of_model(model.config, processor)

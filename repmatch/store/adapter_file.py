@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repmatch.datamodels import Adapter
 from repmatch.errors import StoreCorruptError
 from repmatch.store.catalog import first
-from repmatch.store.records import next_key
+from repmatch.store.records import next_key, stored_object
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
@@ -23,7 +25,6 @@ def adapter_bytes(adapter: Adapter) -> bytes:
         A and B as `A/NAME` and `B/NAME`, parameters trained in full as `full/NAME`; everything else as JSON under
         `repmatch` in the metadata.
     """
-    import numpy as np
     from safetensors.numpy import save
 
     tensors = {f"A/{name}": np.ascontiguousarray(value, np.float32) for name, value in adapter.a.items()}
@@ -57,14 +58,33 @@ def parse_adapter(data: bytes, path: Path) -> Adapter:
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
-        about: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["repmatch"])
+        about = stored_object(json.loads(data[8 : 8 + size])["__metadata__"]["repmatch"], f"what {path} says of itself")
         order = about.pop("order")
-        a = {name: tensors[f"A/{name}"] for name in order["a"]}
-        b = {name: tensors[f"B/{name}"] for name in order["b"]}
-        full = {name: tensors[f"full/{name}"] for name in order.get("full", ())}
-        return Adapter(**about, a=a, b=b, full=full)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        a, b, full = (
+            {part: tensors[f"{prefix}/{part}"] for part in order.get(name, ())}
+            for name, prefix in (("a", "A"), ("b", "B"), ("full", "full"))
+        )
+        adapter = Adapter(**about, a=a, b=b, full=full)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreCorruptError(f"{path} is not the file of an adapter ({error}). Restore it from a backup.") from error
+    if not _is_sound(adapter):
+        raise StoreCorruptError(f"{path} is not the file of an adapter. Restore it from a backup.")
+    return adapter
+
+
+def _is_sound(adapter: Adapter) -> bool:
+    texts = (adapter.id, adapter.space_id, adapter.subset, adapter.members)
+    values = [*adapter.a.values(), *adapter.b.values(), *adapter.full.values()]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(adapter.recipe, dict)
+        and isinstance(adapter.record, dict)
+        and adapter.a.keys() == adapter.b.keys()
+        and all(value.dtype == "float32" for value in values)
+        and all(
+            a.ndim == adapter.b[name].ndim == 2 and len(a) == adapter.b[name].shape[1] for name, a in adapter.a.items()
+        )
+    )
 
 
 def put_adapter(conn: Any, adapter: Adapter, data: bytes) -> None:

@@ -309,6 +309,9 @@ def _adopt_adapters(catalog: Catalog, folder: Path, known: set[str]) -> None:
         except StoreCorruptError as error:
             logger.warning("%s", error)
             continue
+        if adapter.id != name:
+            logger.warning("%s says that it is the adapter %r; it is not entered.", files[name], adapter.id)
+            continue
         with catalog.transaction() as conn:
             put_adapter(conn, adapter, data)
         logger.info("entered adapter %s, whose commit had been interrupted or lost", name)

@@ -124,7 +124,14 @@ def _checkpoint(data: bytes, folder: Path) -> None:
 
 
 def _adapter(data: bytes, folder: Path) -> None:
-    parse_adapter(data, folder / "x.safetensors")
+    """The bytes as a file; then as what a sound file says of itself."""
+    from safetensors.numpy import save
+
+    part = np.ones((1, 2), "f4")
+    about = {"repmatch": data.decode("utf-8", "replace")}
+    for content in (data, save({"A/m": part, "B/m": part.T.copy(), "full/h": part}, metadata=about)):
+        with suppress(RepMatchError):
+            parse_adapter(content, folder / "x.safetensors")
 
 
 def _header(data: bytes, folder: Path) -> None:
@@ -181,8 +188,12 @@ def _stored_adapter() -> bytes:
     from repmatch.datamodels import Adapter
     from repmatch.store.adapter_file import adapter_bytes
 
-    part = {"m": np.ones((1, 2), "f4")}
-    return adapter_bytes(Adapter("id", "space", "d", "members", {"lr": 1}, {"losses": [1.0]}, part, part))
+    a, b = {"m": np.ones((1, 2), "f4")}, {"m": np.ones((2, 1), "f4")}
+    return adapter_bytes(Adapter("id", "space", "d", "members", {"lr": 1}, {"losses": [1.0]}, a, b))
+
+
+_ABOUT = {"id": "i", "space_id": "s", "subset": "d", "members": "m", "recipe": {}, "record": {"losses": [1.0]}}
+_ORDER = {"a": ["m"], "b": ["m"], "full": ["h"]}
 
 
 def _batch() -> bytes:
@@ -213,7 +224,7 @@ TARGETS: dict[str, tuple[Target, Callable[[], list[bytes]]]] = {
     "where": (_where, lambda: _WHERE),
     "sql": (_sql, lambda: _SQL),
     "checkpoint": (_checkpoint, lambda: [_lora()]),
-    "adapter": (_adapter, lambda: [_stored_adapter()]),
+    "adapter": (_adapter, lambda: [_stored_adapter(), json.dumps({**_ABOUT, "order": _ORDER}).encode()]),
     "header": (_header, lambda: [HEADER.to_bytes(), HEADER.to_bytes().rstrip(b"\0")]),
     "journal": (_journal, lambda: [_batch(), b'{"segment": 1, "space": "{}", "encoding": "sign"}']),
     "records": (_records, lambda: [make_space().to_json().encode(), _batch()]),
