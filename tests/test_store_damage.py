@@ -18,7 +18,8 @@ from store_worker import filled, make_batch, make_rows, make_space, prepare, sta
 
 from repmatch import store as stores
 from repmatch.datamodels import Adapter
-from repmatch.errors import StoreCorruptError, StoreError
+from repmatch.errors import StoreCorruptError, StoreError, StoreLockedError
+from repmatch.store import factors
 from repmatch.store.segment import HEADER_BYTES
 
 
@@ -323,3 +324,44 @@ def test_a_failed_commit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.stat().st_size for path in sorted((tmp_path / "s" / "segments").iterdir())] == sizes
     with store.writing():
         assert len(store.ids("d")) == 6
+
+
+def test_a_repair_goes_on_where_one_was_killed_before_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    store, _ = filled(path, count=6, batch=3)
+    expected = np.asarray(store.factors("d").flat)[:3].copy()
+    segment = segment_of(path)
+    spoilt = bytearray(segment.read_bytes())
+    spoilt[-3] ^= 1  # in the second batch
+    segment.write_bytes(bytes(spoilt))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # rows and journal of the moved batch are written, its commit never comes
+        patch.setattr(factors, "enter_batch", killed)
+        patch.setattr(factors, "settle", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            store.repair()
+    assert (path / "segments" / "000002.journal").stat().st_size > 0
+    with stores.open(path) as again:
+        report = again.repair()
+        assert report.left == ()
+        assert again.verify() == []
+        assert again.factors("d").ids == ("r0", "r1", "r2")
+        np.testing.assert_array_equal(again.factors("d").flat, expected)
+    with stores.open(path, mode="w") as sound:
+        assert sound.verify() == []
+
+
+def test_a_store_that_is_open_for_writing_repairs_itself(tmp_path: Path) -> None:
+    filled(tmp_path / "s")
+    with stores.open(tmp_path / "s", mode="w") as store:
+        segment = segment_of(tmp_path / "s")
+        segment.write_bytes(segment.read_bytes()[:-1] + b"\x7f")
+        assert store.repair().left == ()
+        assert store.verify() == []
+        with stores.open(tmp_path / "s") as other, pytest.raises(StoreLockedError):
+            other.save_space(make_space(seed=5))  # it still is the one writer

@@ -109,31 +109,54 @@ def recover(catalog: Catalog, folder: Path) -> None:
     segments = folder / "segments"
     with catalog.reading() as conn:
         known = committed_segments(conn)
-        uuid = read_meta(conn)["uuid"]
         adapters = {row[0] for row in conn.execute("SELECT id FROM registry.adapters").fetchall()}
-        dropped = [row[0] for row in conn.execute("SELECT segment_pk FROM registry.dropped").fetchall()]
         running = conn.execute(
             "SELECT pk, pid FROM registry.runs WHERE status = 'running' AND host = ?", [socket.gethostname()]
         ).fetchall()
+    for record in known:
+        SegmentFile(segments, record.pk, record.row_bytes).check_size(record.rows)
+    strange = enter_pending(catalog, folder)
+    with catalog.reading() as conn:
+        known = committed_segments(conn)
+    _cut(segments, known)
+    _drop_empty(segments, {record.pk for record in known}, strange)
+    _adopt_adapters(catalog, folder / "adapters", adapters)
+    _close_runs(catalog, running)
+    remove_stale(folder / "staging")
+
+
+def enter_pending(catalog: Catalog, folder: Path) -> list[SegmentFile]:
+    """Enter the whole batches that journals hold and the catalog does not; segments that are damaged are passed over.
+
+    Nothing may be appended before: a new batch would take the number of one that waits here.
+
+    Args:
+        catalog: the catalog.
+        folder: the store.
+
+    Returns:
+        Segments of this store that the catalog did not have.
+
+    Raises:
+        StoreCorruptError: the catalog has a batch of the same number. Nothing is changed then.
+    """
+    segments = folder / "segments"
+    with catalog.reading() as conn:
+        known = committed_segments(conn)
+        uuid = read_meta(conn)["uuid"]
+        dropped = [row[0] for row in conn.execute("SELECT segment_pk FROM registry.dropped").fetchall()]
+    remove_segments(segments, dropped)
     found: list[_Found] = []
     for record in known:
         file = SegmentFile(segments, record.pk, record.row_bytes)
-        file.check_size(record.rows)
-        if not record.sealed:
+        if not record.sealed and file.size() >= file.offset(record.rows):
             found += _ahead(file, record)
-    remove_segments(segments, dropped)
     strange = _unknown(segments, {record.pk for record in known}, uuid)
     for file, head_end in strange:
         found += _ahead(file, Committed(file.number, file.row_bytes, False, 0, head_end))
     if found:
         _adopt(catalog, segments, found, {file.number: end for file, end in strange})
-        with catalog.reading() as conn:
-            known = committed_segments(conn)
-    _cut(segments, known)
-    _drop_empty(segments, {record.pk for record in known}, [file for file, _ in strange])
-    _adopt_adapters(catalog, folder / "adapters", adapters)
-    _close_runs(catalog, running)
-    remove_stale(folder / "staging")
+    return [file for file, _ in strange]
 
 
 def _ahead(file: SegmentFile, record: Committed) -> list[_Found]:

@@ -15,7 +15,7 @@ from repmatch.store.catalog import NAME, REBUILT, Catalog, explain, first
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.health import Finding, damaged_batches
 from repmatch.store.journal import BatchEntry
-from repmatch.store.recovery import Committed, committed_segments, journal_of, recover
+from repmatch.store.recovery import Committed, committed_segments, enter_pending, journal_of, recover
 from repmatch.store.removal import Removal
 from repmatch.store.salvage import Salvage
 from repmatch.store.segment import HEADER_BYTES, SegmentFile, SegmentHeader
@@ -82,6 +82,7 @@ class Repair(Removal):
             if not self._readable():
                 aside += self._rebuild()
             aside += self._set_broken_headers_aside()
+            enter_pending(self._catalog, self.path)  # of an interrupted write, maybe of a repair like this one
             lost, datasets = self._drop_damaged()
             adapters = self._drop_adapters(aside)
             self._drop_orphans()
@@ -100,7 +101,8 @@ class Repair(Removal):
         """Hold the writer's lock without the recovery that refuses a damaged store."""
         if self.mode == "r":
             self._enter_writing()  # raises
-        self._lock.acquire(self._wait)
+        if self._depth == 0:
+            self._lock.acquire(self._wait)
         self._depth += 1
         try:
             if self._readable():
@@ -108,7 +110,8 @@ class Repair(Removal):
             yield
         finally:
             self._depth -= 1
-            self._lock.release()
+            if self._depth == 0:
+                self._lock.release()
 
     def _readable(self) -> bool:
         import duckdb
