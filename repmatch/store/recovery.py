@@ -108,16 +108,14 @@ def recover(catalog: Catalog, folder: Path) -> None:
     """
     segments = folder / "segments"
     with catalog.reading() as conn:
-        known = committed_segments(conn)
+        kept = _kept(conn)
         adapters = {row[0] for row in conn.execute("SELECT id FROM registry.adapters").fetchall()}
         running = conn.execute(
             "SELECT pk, pid FROM registry.runs WHERE status = 'running' AND host = ?", [socket.gethostname()]
         ).fetchall()
-    for record in known:
+    for record in kept.known:
         SegmentFile(segments, record.pk, record.row_bytes).check_size(record.rows)
-    strange = enter_pending(catalog, folder)
-    with catalog.reading() as conn:
-        known = committed_segments(conn)
+    known, strange = _enter_pending(catalog, segments, kept)
     _cut(segments, known)
     _drop_empty(segments, {record.pk for record in known}, strange)
     _adopt_adapters(catalog, folder / "adapters", adapters)
@@ -125,7 +123,7 @@ def recover(catalog: Catalog, folder: Path) -> None:
     remove_stale(folder / "staging")
 
 
-def enter_pending(catalog: Catalog, folder: Path) -> list[SegmentFile]:
+def enter_pending(catalog: Catalog, folder: Path) -> None:
     """Enter the whole batches that journals hold and the catalog does not; segments that are damaged are passed over.
 
     Nothing may be appended before: a new batch would take the number of one that waits here.
@@ -134,29 +132,45 @@ def enter_pending(catalog: Catalog, folder: Path) -> list[SegmentFile]:
         catalog: the catalog.
         folder: the store.
 
-    Returns:
-        Segments of this store that the catalog did not have.
-
     Raises:
         StoreCorruptError: the catalog has a batch of the same number. Nothing is changed then.
     """
-    segments = folder / "segments"
     with catalog.reading() as conn:
-        known = committed_segments(conn)
-        uuid = read_meta(conn)["uuid"]
-        dropped = [row[0] for row in conn.execute("SELECT segment_pk FROM registry.dropped").fetchall()]
-    remove_segments(segments, dropped)
+        kept = _kept(conn)
+    _enter_pending(catalog, folder / "segments", kept)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a catalog says of segments."""
+
+    known: list[Committed]
+    dropped: list[int]
+    uuid: str
+
+
+def _kept(conn: Any) -> _Kept:
+    dropped = [row[0] for row in conn.execute("SELECT segment_pk FROM registry.dropped").fetchall()]
+    return _Kept(committed_segments(conn), dropped, read_meta(conn)["uuid"])
+
+
+def _enter_pending(catalog: Catalog, segments: Path, kept: _Kept) -> tuple[list[Committed], list[SegmentFile]]:
+    """See `enter_pending`; return the catalog's segments afterwards, and those that it did not have before."""
+    remove_segments(segments, kept.dropped)
     found: list[_Found] = []
-    for record in known:
+    for record in kept.known:
         file = SegmentFile(segments, record.pk, record.row_bytes)
         if not record.sealed and file.size() >= file.offset(record.rows):
             found += _ahead(file, record)
-    strange = _unknown(segments, {record.pk for record in known}, uuid)
+    strange = _unknown(segments, {record.pk for record in kept.known}, kept.uuid)
     for file, head_end in strange:
         found += _ahead(file, Committed(file.number, file.row_bytes, False, 0, head_end))
+    known = kept.known
     if found:
         _adopt(catalog, segments, found, {file.number: end for file, end in strange})
-    return [file for file, _ in strange]
+        with catalog.reading() as conn:
+            known = committed_segments(conn)
+    return known, [file for file, _ in strange]
 
 
 def _ahead(file: SegmentFile, record: Committed) -> list[_Found]:
