@@ -212,8 +212,8 @@ class Contest:
 
     def computed_share(self) -> float:
         """Return the FLOP that the engine computes over 4 x parameters x real tokens, on some of the batches."""
-        lengths = sorted(e.tokens for e in self._examples[: self._counts[0]])
-        examples = sorted(self._examples[: self._counts[0]], key=lambda e: e.tokens)
+        examples = self._examples[: self._counts[0]]
+        lengths = [example.tokens for example in examples]
         batches = batches_by_tokens(lengths, self.batch_tokens)[::4]
         collated = [self.task.collate([examples[i] for i in batch]) for batch in batches]
         tokens = sum(lengths[i] for batch in batches for i in batch)

@@ -40,7 +40,7 @@ def main() -> None:
     _timed(ingest, "_bench", "model")
     _timed(ingest, "_read", "reading")
     _timed(SequenceClassification, "encode", "tokenizing")
-    _timed(Batches, "factors", "engine")
+    _timed(Batches, "_gathered", "engine")  # waited for: batches go on while windows are read and stored
     _timed(Store, "append", "storing")
     try:
         cli_main(sys.argv[2:])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoModel
 
 from repmatch.curator import start
+from repmatch.curator.batches import factors_of
 from repmatch.curator.engine import FactorEngine, first_step, left_singular
-from repmatch.curator.ingest import factors_of
 from repmatch.datamodels import Matrix, Space
 from repmatch.errors import ModelError
 

@@ -85,7 +85,6 @@ class Batches:
         rows: Sequence[Row],
         examples: Sequence[Example],
         *,
-        sizes: Sequence[int] | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> tuple[FactorBatch, list[BadRow]]:
         """Compute the factors of a window; see `stream`.
@@ -93,13 +92,12 @@ class Batches:
         Args:
             rows: the window's rows.
             examples: the same rows, made ready.
-            sizes: rows of each window where they are several; no batch holds rows of two.
             tick: called with the rows of each batch that is done.
 
         Returns:
             The factors of the rows whose loss and gradient are finite, in the rows' order, and the others as bad rows.
         """
-        (found,) = self.stream([(rows, examples, sizes or [len(rows)])], tick)
+        (found,) = self.stream([(rows, examples, [len(rows)])], tick)
         return found
 
     def stream(

@@ -122,7 +122,7 @@ class FactorEngine:
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
             stack.enter_context(by_onednn(self.module))
-            if self._last_layer is not None and self._shortcut is not None:
+            if self._last_layer is not None:
                 stack.enter_context(self._last_layer.cut(self._shortcut))
             yield
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from repmatch.curator.batches import factors_of
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.shards import Shard, divide
-from repmatch.curator.windows import Progress, window_tokens, windows
+from repmatch.curator.windows import Progress
 from repmatch.curator.work import Work
-from repmatch.datamodels import Adapter, BadRow, Dataset, Encoding, Row
+from repmatch.datamodels import BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
 from repmatch.store.records import united_columns
@@ -31,10 +29,7 @@ __all__ = [
     "IngestReport",
     "Progress",
     "check_name",
-    "factors_of",
     "ingest",
-    "window_tokens",
-    "windows",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,9 +139,7 @@ def ingest(
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:
             if known is None or first.todo or not settings.asks_nothing or options.shard is not None:
-                bench = _bench(
-                    store, partial(started, store, stage, first.todo, tell), known, _here(settings, options), record
-                )
+                bench = _bench(store, stage, first.todo, tell, known, _here(settings, options), record)
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
@@ -307,16 +300,21 @@ def _record(
 
 def _bench(
     store: Store,
-    start: Callable[[Workbench, str | None, Dataset], Workbench],
+    stage: Stage,
+    total: int,
+    tell: Progress,
     known: Dataset | None,
     settings: Settings,
     record: Dataset,
 ) -> Workbench:
-    from repmatch.curator.workbench import Workbench  # torch loads here: only once the input is known to be good
+    # torch loads here: only once the input is known to be good
+    from repmatch.curator.warm import warm_adapter
+    from repmatch.curator.warm_choice import check_same, started
+    from repmatch.curator.workbench import Workbench
 
     if known is None or known.space_id is None:
         bench = Workbench.build(settings, record.fields.form)
-        return start(bench, settings.warm_start, record)
+        return started(store, stage, total, tell, bench, settings.warm_start, record)
     space = store.space(known.space_id)
     bench = Workbench.build(settings.like(space), record.fields.form)
     if space.warm_start is not None:
@@ -327,77 +325,5 @@ def _bench(
             "asked). Leave the options out, or ingest into a new dataset.",
             space.differences(bench.space),
         )
-    _check_warm(store, settings.warm_start, known, bench.warm)
+    check_same(store, settings.warm_start, known, bench.warm)
     return bench
-
-
-def warm_adapter(store: Store, adapter_id: str) -> Adapter:
-    """Return a stored warm start; see `repmatch.curator.warm.warm_adapter`."""
-    from repmatch.curator import warm
-
-    return warm.warm_adapter(store, adapter_id)
-
-
-def started(
-    store: Store, stage: Stage, total: int, tell: Progress, bench: Workbench, asked: str | None, record: Dataset
-) -> Workbench:
-    """Give a new dataset's workbench the start that was asked for.
-
-    Args:
-        store: keeps the warm start.
-        stage: the dataset's rows.
-        total: how many they are.
-        tell: called with (stage, done, total or None).
-        bench: the cold workbench.
-        asked: see `Settings.warm_start`.
-        record: the new dataset.
-
-    Returns:
-        The workbench, its space final.
-
-    Raises:
-        UsageError: `asked` names a dataset without a warm start.
-    """
-    if asked in (None, "none"):
-        return bench
-    from repmatch.curator import warm
-
-    asked = str(asked)
-    count = warm.size_of(bench, asked, total)
-    if count is None and asked == "auto":
-        logger.warning("%s starts cold: too few rows for a warm start, or no head drawn at random", record.name)
-        return bench
-    if count is None:
-        adapter = _warm_of(store, asked)
-    else:
-        rows = warm.sample(stage.todo(), count, bench.space.seed)
-        tick = partial(tell, "warm start")
-        task = bench.task(record.labels, record.fields)
-        adapter = warm.train(bench, record.labels, rows, asked=asked, task=task, progress=tick)
-        store.save_space(bench.space)
-        store.save_adapter(replace(adapter, subset=f"warm start of {record.name}"))
-    return bench.from_warm(adapter)
-
-
-def _warm_of(store: Store, name: str) -> Adapter:
-    space_id = store.dataset(name).space_id
-    start = None if space_id is None else store.space(space_id).warm_start
-    if start is None:
-        raise UsageError(
-            f"--warm-start {name!r} names a dataset that has no warm start; expected one that has, a number of "
-            "instances, a share such as 5%, or none."
-        )
-    return warm_adapter(store, start)
-
-
-def _check_warm(store: Store, asked: str | None, known: Dataset, warm: Adapter | None) -> None:
-    if asked in (None, "auto") or asked == (warm.recipe["asked"] if warm else "none") or asked == known.name:
-        return
-    if warm is not None and store.has_dataset(asked) and _warm_of(store, asked).id == warm.id:
-        return
-    stored = f"one that was asked for as {warm.recipe['asked']!r}" if warm else "a cold one"
-    raise SpaceMismatchError(
-        f"--warm-start {asked!r} is another start than that of the dataset {known.name!r}, {stored}. Leave "
-        "--warm-start out, or ingest into a new dataset.",
-        {"warm_start": (warm.id if warm else None, asked)},
-    )

@@ -167,7 +167,7 @@ def _check_k(k: int) -> None:
 
 
 def _factors_of_text(store: Store, dataset: str, row: Row, labels: tuple[str, ...], settings: Settings) -> Factors:
-    from repmatch.curator.ingest import factors_of
+    from repmatch.curator.batches import factors_of
     from repmatch.curator.workbench import Workbench
 
     known = store.dataset(dataset)

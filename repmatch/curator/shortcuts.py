@@ -157,11 +157,11 @@ class LastLayer:
         return Shortcut.NONE
 
     @contextmanager
-    def cut(self, shortcut: Shortcut) -> Iterator[None]:
+    def cut(self, shortcut: Shortcut | None) -> Iterator[None]:
         """Take a shortcut.
 
         Args:
-            shortcut: from `try_out`.
+            shortcut: from `try_out`; None: none.
 
         Yields:
             Nothing; the model is as before afterwards.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
-
-Floats: TypeAlias = NDArray[np.floating[Any]]
+from repmatch.similarity.pairs import Floats
 
 
 def refuse_not_finite(array: Floats) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.greedy import State
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.sparse import SparseKernel
+from repmatch.similarity.pairs import Floats
 
 BATCH = 256  # columns computed at a time
 NO_PRICES = np.empty(0)

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.compiled import in_chunks
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.cover import BATCH, Cover, Handing, Neighbours
 from repmatch.selectors.greedy import Progress, Searched, State, solve
@@ -27,6 +26,7 @@ from repmatch.selectors.pruning import ENTRY, above, expected_entries
 from repmatch.selectors.selection import Selection
 from repmatch.selectors.sparse import SparseKernel, enough_neighbours
 from repmatch.selectors.whole import Whole
+from repmatch.similarity.pairs import Floats
 
 Algorithm = Literal["auto", "incremental", "pruned", "lazy", "stochastic", "sparse", "partitioned"]
 BATCH_BYTES = 256 << 20

@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.blocks import dense_block, row_blocks, same_space, take
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.arrays import Floats, is_symmetric, refuse_not_finite, surveyed
+from repmatch.selectors.arrays import is_symmetric, refuse_not_finite, surveyed
 from repmatch.similarity import kernel_block, mean_similarity
+from repmatch.similarity.pairs import Floats
 
 
 def _default_limit() -> int:

@@ -9,13 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.facility import facility_location
 from repmatch.selectors.greedy import Progress
 from repmatch.selectors.kernels import Kernel, as_kernel
 from repmatch.selectors.quotas import group
 from repmatch.selectors.selection import Selection
+from repmatch.similarity.pairs import Floats
 
 BATCH = 256
 

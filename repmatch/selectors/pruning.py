@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.kernels import Kernel, report
 from repmatch.selectors.sparse import SparseKernel
+from repmatch.similarity.pairs import Floats
 
 ROWS, COLUMNS = 2048, 32768  # of a block: 256 MiB of float32
 ENTRY = 16  # bytes of a kept entry: position and value, listed by row and by candidate

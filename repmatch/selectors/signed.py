@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from repmatch.blocks import dense_block, same_space
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.kernels import FactorKernel
+from repmatch.similarity.pairs import Floats
 
 
 class SignedKernel(FactorKernel):

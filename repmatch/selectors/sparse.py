@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks
 from repmatch.errors import SelectionError
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.kernels import Kernel, report
+from repmatch.similarity.pairs import Floats
 
 BLOCK_BYTES = 128 << 20
 

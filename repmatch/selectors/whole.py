@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.compiled import in_chunks, thread_count
-from repmatch.selectors.arrays import Floats
 from repmatch.selectors.cover import Cover, Handing, Incremental
 from repmatch.selectors.kernels import DenseKernel, Kernel
 from repmatch.selectors.pruning import expected_entries
+from repmatch.similarity.pairs import Floats
 
 MOST_KEPT = 0.05  # share of the entries that are kept: with 8 bytes each, a tenth of the kernel's memory
 FIRST_LOOK = 8  # picks between two looks at how many entries could be kept

@@ -201,7 +201,7 @@ class Retrainer:
         """Leave out the layers below the adapters, and what the head does not read."""
         with ExitStack() as held:
             held.enter_context(by_onednn(self.module))
-            if self._last_layer is not None and self._shortcut is not None:
+            if self._last_layer is not None:
                 held.enter_context(self._last_layer.cut(self._shortcut))
             if self.lower is not None:
                 held.enter_context(self.lower.skipped())
