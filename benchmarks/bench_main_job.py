@@ -219,7 +219,7 @@ def _ingest_lines(found: dict[str, Any]) -> list[str]:
         "Ingest" + _mark(found["others"] > QUIET),
         f"  whole process   {found['seconds']:8.1f} s   {rows / found['seconds']:7.1f} instances/s   "
         f"peak memory {found['peak_bytes'] / 1e6:,.0f} MB",
-        f"  engine alone    {parts['engine']:8.1f} s   {rows / parts['engine']:7.1f} instances/s",
+        f"  engine waited   {parts['engine']:8.1f} s   {rows / parts['engine']:7.1f} instances/s",
         "  parts in s      " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in shown),
         f"  store           {_split(found)}",
     ]
