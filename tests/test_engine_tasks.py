@@ -245,17 +245,28 @@ def test_the_loss_behind_a_head_is_cross_entropy_piece_by_piece(bias: bool, monk
     from repmatch.curator.tasks import head_loss
 
     draw = torch.Generator().manual_seed(0)
-    head = nn.Linear(6, 11, bias=bias).requires_grad_(False)
+    head = nn.Linear(6, 200, bias=bias).requires_grad_(False)
     hidden = torch.randn(7, 6, generator=draw).requires_grad_(True)
-    targets = torch.randint(0, 11, (7,), generator=draw)
+    targets = torch.randint(0, 200, (7,), generator=draw)
     weights = torch.randn(7, generator=draw)
+    with torch.no_grad():
+        head.weight[:64] *= 1e-3  # the largest logits come late: what was summed before is scaled down
+        head.weight[128:] *= 30
+        if head.bias is not None:
+            head.bias[:70] = -torch.inf  # words that are never there, a whole piece of them and more
+            targets.clamp_(min=70)
     expected = functional.cross_entropy(head(hidden), targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected @ weights, hidden)
-    for piece in (1, 25, 1 << 24):
-        monkeypatch.setattr(head_loss, "_PIECE", piece)
+    for piece, rows in ((1, 1), (1, 3), (700, 7), (1 << 19, 1024)):
+        monkeypatch.setattr(head_loss, "_CPU_PIECE", piece)
+        monkeypatch.setattr(head_loss, "_CPU_ROWS", rows)
         found = head_loss.linear_cross_entropy(hidden, head, targets)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found @ weights, hidden)[0], gradient)
+    for broken in (torch.nan, torch.inf):
+        with torch.no_grad():
+            found = head_loss.linear_cross_entropy(hidden.masked_fill(torch.eye(7, 6) == 1, broken), head, targets)
+        assert (found.isfinite() == (torch.arange(7) == 6)).all()
     assert head_loss.linear_cross_entropy(hidden[:0], head, targets[:0]).shape == (0,)
 
 
