@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from repmatch.errors import UnknownNameError, UsageError
+from repmatch.errors import UnknownChoiceError, UsageError
 
 NAME = "repmatch.toml"
 VARIABLE = "REPMATCH_CONFIG"
@@ -30,7 +30,7 @@ def read_config(group: click.Group) -> dict[str, Any]:
 
     Raises:
         UsageError: the file is missing where REPMATCH_CONFIG names it, or is not TOML, or a value has a wrong type.
-        UnknownNameError: it names no option or command.
+        UnknownChoiceError: it names no option or command.
     """
     named = os.environ.get(VARIABLE)
     path = Path(named or NAME)
@@ -48,7 +48,7 @@ def read_config(group: click.Group) -> dict[str, Any]:
     found = _of(group, shared, tables, used, path, "")
     unknown = sorted(set(shared) - used)
     if unknown:
-        raise UnknownNameError.of("option", unknown[0], _every_option(group), f"it stands in {path}")
+        raise UnknownChoiceError.of("option", unknown[0], _every_option(group), f"it stands in {path}")
     return found
 
 
@@ -63,7 +63,7 @@ def _of(
             found[own[key]] = _value(key, value, path)
     wrong = sorted(set(tables) - set(group.commands))
     if wrong:
-        raise UnknownNameError.of("command", wrong[0], group.commands, f"it is a table of {path}")
+        raise UnknownChoiceError.of("command", wrong[0], group.commands, f"it is a table of {path}")
     for name, command in group.commands.items():
         table = tables.get(name, {})
         inner = {key: value for key, value in table.items() if not isinstance(value, dict)}
@@ -74,7 +74,7 @@ def _of(
         options = _options(command)
         for key in inner:
             if key not in options:
-                raise UnknownNameError.of("option", key, options, f"it stands in [{where}{name}] of {path}")
+                raise UnknownChoiceError.of("option", key, options, f"it stands in [{where}{name}] of {path}")
         mine = {key: value for key, value in shared.items() if key in options}
         used |= set(mine)
         found[name] = {options[key]: _value(key, value, path) for key, value in {**mine, **inner}.items()}

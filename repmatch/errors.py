@@ -61,6 +61,10 @@ class UnknownNameError(RepMatchError, KeyError):
         return cls(text + (f"{stop} {remedy[0].upper()}{remedy[1:]}." if remedy else ""))
 
 
+class UnknownChoiceError(UnknownNameError, UsageError):
+    """A strategy, kernel, task or option that repmatch does not have: what was typed cannot be meant."""
+
+
 class SpaceMismatchError(RepMatchError, ValueError):
     """Adapters of different spaces were about to be compared or mixed.
 
@@ -113,6 +117,10 @@ class StoreCorruptError(StoreError):
 
 class SelectionError(RepMatchError, ValueError):
     """A selection that cannot be made: bad kernel, impossible size or quota."""
+
+
+class SelectionUsageError(SelectionError, UsageError):
+    """A rule, an algorithm or a parameter of a selection that cannot be meant, whatever the data."""
 
 
 def quote_list(values: Sequence[object], limit: int = 10) -> str:

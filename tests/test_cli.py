@@ -210,7 +210,7 @@ BAD = [
     (("select", "toy", "-k", "61"), 2, "the dataset has 60 instances"),
     (("select", "toy", "-k", "many"), 2, "expected a number of picks such as 100, or a share such as 5%"),
     (("select", "toy", "-k", "101%"), 2, "expected a share above 0% and up to 100%"),
-    (("select", "toy", "-k", "3", "--strategy", "best"), 1, "there is no strategy 'best'"),
+    (("select", "toy", "-k", "3", "--strategy", "best"), 2, "there is no strategy 'best'"),
     (("select", "toy", "-k", "3", "--balance", "size"), 1, "there is no column 'size'"),
     (("select", "toy", "-k", "3", "--balance", "group", "--stratify", "label"), 2, "give one of them"),
     (("select", "toy", "-k", "3", "--name", "a/b"), 2, "is no usable name"),

@@ -87,6 +87,15 @@ def test_what_a_set_does_not_represent(ask: Any) -> None:
     assert first + more == ask("-k", 9)  # greedy goes on where it ended
 
 
+@pytest.mark.parametrize(
+    "wrong", [("--strategy", "herdin"), ("--kernel", "gradient"), ("--strategy", "top", "--algorithm", "lasy")]
+)
+def test_a_name_that_no_option_takes_is_wrong_usage(wrong: tuple[str, ...], run: Any, toy_store: Path) -> None:
+    result = run("--store", toy_store, "select", "toy", "-k", 3, *wrong)
+    assert result.code == 2
+    assert repr(wrong[-1]) in result.err
+
+
 def test_budgets_in_tokens_and_in_a_column(ask: Any, toy_store: Path) -> None:
     with repmatch.open(toy_store, mode="r") as store:
         frame = store.sql("SELECT id, tokens FROM instances")
@@ -252,13 +261,13 @@ WRONG = [
     (("-k", 3, "--at-least", "group=z:1"), 2, "no instance has group 'z'; its values: a, b, c"),
     (("-k", 3, "--at-least", "group=a:9"), 1, "minimums sum to 9"),
     (("-k", 3, "--mix", "x"), 2, "is not NAME=NUMBER"),
-    (("-k", 3, "--mix", "magic=1"), 1, "'magic' can't be mixed"),
-    (("-k", 3, "--param", "trade=1"), 1, "has no parameter 'trade'"),
-    (("-k", 3, "--algorithm", "magic"), 1, "has no algorithm 'magic'"),
+    (("-k", 3, "--mix", "magic=1"), 2, "'magic' can't be mixed"),
+    (("-k", 3, "--param", "trade=1"), 2, "has no parameter 'trade'"),
+    (("-k", 3, "--algorithm", "magic"), 2, "has no algorithm 'magic'"),
     (("-k", 3, "--matrices", "*.nothing"), 2, "no matrix matches '*.nothing'"),
     (("-k", 3, "--include", "nobody"), 1, "there is no dataset, subset or coreset 'nobody'"),
-    (("-k", 3, "--coverage", 7), 1, "expected a share from 0 to 1"),
-    (("-k", 3, "--represent", "toy", "--strategy", "herding"), 1, "herding represents the whole dataset"),
+    (("-k", 3, "--coverage", 7), 2, "expected a share from 0 to 1"),
+    (("-k", 3, "--represent", "toy", "--strategy", "herding"), 2, "herding represents the whole dataset"),
     (("-k", 3, "--include", "toy[stars = 1]"), 1, "12 instances must be included, more than k = 3"),
 ]
 

@@ -154,6 +154,27 @@ def test_no_algorithm_overspends(seed: int, budget: float, algorithm: Any) -> No
         assert costs[other.indices].sum() <= budget
 
 
+@pytest.mark.parametrize(
+    ("cost", "budget", "picks"),
+    [(0.1, 0.3, 3), (0.1, 0.7, 7), (0.07, 0.77, 11), (0.1, 0.29, 2), (1.0, 2.999999, 2), (1e-3, 0.016, 16)],
+)
+@pytest.mark.parametrize("algorithm", ["incremental", "pruned", "sparse", "partitioned"])
+def test_decimal_costs_may_fill_a_budget_to_the_last_digit(
+    cost: float, budget: float, picks: int, algorithm: Any
+) -> None:
+    rules = Constraints(costs=np.full(16, cost), budget=budget)
+    found = facility_location(squared_cosines(16, seed=3), 16, constraints=rules, algorithm=algorithm)
+    assert len(found.indices) == picks
+    assert found.cost is not None
+    assert found.cost <= budget
+
+
+def test_many_decimal_costs_add_up_as_they_do_by_hand() -> None:
+    count = 30_000
+    rules = Constraints(costs=np.full(count, 0.1), budget=count / 10)
+    assert len(top(np.arange(count, dtype=float), count, constraints=rules).indices) == count
+
+
 def test_a_budget_takes_the_best_of_three() -> None:
     kernel = np.zeros((4, 9), np.float32)
     costs = np.ones(9)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repmatch.curator.records import RowProblem, shown
-from repmatch.errors import MissingExtraError, UnknownNameError
+from repmatch.errors import MissingExtraError, UnknownChoiceError
 
 DEFAULT_TASK = "sequence-classification"
 
@@ -64,11 +64,11 @@ def task_kind(name: str | None) -> TaskKind:
         The task.
 
     Raises:
-        UnknownNameError: there is none of that name.
+        UnknownChoiceError: there is none of that name.
     """
     name = name or DEFAULT_TASK
     if name not in TASKS:
-        raise UnknownNameError.of("task", name, TASKS)
+        raise UnknownChoiceError.of("task", name, TASKS)
     return TASKS[name]
 
 

@@ -17,7 +17,7 @@ from repmatch.curator.id_order import in_id_order
 from repmatch.curator.select_features import features_of
 from repmatch.curator.select_options import KERNELS, Ids, SelectOptions, picks_of
 from repmatch.datamodels import Factors
-from repmatch.errors import InputError, SelectionError, UnknownNameError, UsageError
+from repmatch.errors import InputError, SelectionError, SelectionUsageError, UnknownChoiceError, UsageError
 from repmatch.selectors import Constraints, FactorKernel, Features, JoinedKernel, Problem, SignedKernel, strategy
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
 
     Raises:
         UsageError: options that exclude each other, or a size that is none.
-        UnknownNameError: no such dataset, subset, coreset or column.
+        UnknownNameError: no such dataset, subset, coreset or column, or (UnknownChoiceError) no such kernel.
         InputError: a cost that is no number.
         SelectionError: something the strategy can't use.
     """
@@ -102,7 +102,9 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
         target = chosen
     features = _features(sets, dataset, candidates.ids, n)
     if target is not None and options.strategy == "herding":
-        raise SelectionError("herding represents the whole dataset: use facility-location with --represent or --given")
+        raise SelectionUsageError(
+            "herding represents the whole dataset: use facility-location with --represent or --given"
+        )
     if target is not None and "kernel" in entry.needs and options.strategy not in RECTANGULAR:
         raise SelectionError(
             f"{options.strategy} compares the dataset with itself: use {', '.join(RECTANGULAR)} to represent other sets"
@@ -126,7 +128,7 @@ def pose(store: Store, source: str, options: SelectOptions, scores_of: ScoresOf,
 
 def _kernel_of(options: SelectOptions) -> Callable[..., FactorKernel]:
     if options.kernel not in KERNELS:
-        raise UnknownNameError.of("kernel", options.kernel, KERNELS)
+        raise UnknownChoiceError.of("kernel", options.kernel, KERNELS)
     if options.kernel == "repmatch":
         return SignedKernel if options.signed else FactorKernel
     if options.signed:
@@ -147,7 +149,7 @@ def _features(sets: _Sets, dataset: str, ids: Sequence[str], n: int) -> Features
             raise UsageError("--features goes with the strategy feature-coverage, alone or in a mixture.")
         return None
     if options.represent is not None and alone:
-        raise SelectionError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
+        raise SelectionUsageError(f"{options.strategy} can't represent another set: use {', '.join(RECTANGULAR)}")
     named = [(dataset, ids[:n])]
     if len(ids) > n:
         named.append((sets.store.resolve(str(options.given)).dataset, ids[n:]))

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from repmatch.errors import SelectionError
+from repmatch.errors import SelectionError, SelectionUsageError
 from repmatch.selectors.baselines import random, top
 from repmatch.selectors.constraints import check_size
 from repmatch.selectors.facility import Algorithm, facility_location
@@ -155,12 +155,12 @@ def _parts(problem: Problem) -> list[tuple[float, Callable[[], Objective]]]:
     makers = _makers(problem)
     parts = []
     if not problem.mix:
-        raise SelectionError(f"a mixture needs weights: give some of {', '.join(makers)}")
+        raise SelectionUsageError(f"a mixture needs weights: give some of {', '.join(makers)}")
     for name, weight in problem.mix.items():
         if name not in makers:
-            raise SelectionError(f"{name!r} can't be mixed: expected some of {', '.join(makers)}")
+            raise SelectionUsageError(f"{name!r} can't be mixed: expected some of {', '.join(makers)}")
         if not 0.0 <= weight < np.inf:
-            raise SelectionError(f"the weight of {name} is {weight}: expected a finite number of at least 0")
+            raise SelectionUsageError(f"the weight of {name} is {weight}: expected a finite number of at least 0")
         first = float(makers[name]().gains(np.arange(problem.n)).max(initial=0.0))
         parts.append((weight / first if first > 0.0 else weight, makers[name]))
     return parts

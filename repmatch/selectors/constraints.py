@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from repmatch.errors import SelectionError
+from repmatch.errors import SelectionError, SelectionUsageError
 from repmatch.selectors.kernels import Kernel
 from repmatch.selectors.quotas import Labels, equal_quotas, group, proportional_quotas
 from repmatch.selectors.tracker import Partition, Tracker, check_minimums
@@ -99,14 +99,14 @@ class Constraints:
 
     def _check_limits(self) -> None:
         if self.coverage is not None and not 0.0 <= self.coverage <= 1.0:
-            raise SelectionError(f"coverage = {self.coverage}: expected a share from 0 to 1")
+            raise SelectionUsageError(f"coverage = {self.coverage}: expected a share from 0 to 1")
         for name, value in (("min_gain", self.min_gain), ("apart", self.apart)):
             if value is not None and not np.isfinite(value):
-                raise SelectionError(f"{name} = {value}: expected a finite number")
+                raise SelectionUsageError(f"{name} = {value}: expected a finite number")
 
     def _partitions(self, n: int, k: int, closed: NDArray[np.bool_]) -> tuple[list[Partition], tuple[str, ...]]:
         if self.balance is not None and self.stratify is not None:
-            raise SelectionError("balance and stratify exclude each other: give one of them")
+            raise SelectionUsageError("balance and stratify exclude each other: give one of them")
         parts: list[Partition] = []
         notes: tuple[str, ...] = ()
         labels = self.stratify if self.balance is None else self.balance
@@ -124,7 +124,7 @@ class Constraints:
             parts.append(Partition(kind, names, numbers, quotas, np.zeros_like(quotas), turns))
         if self.at_least or self.at_most:
             if self.groups is None:
-                raise SelectionError("at_least and at_most need groups: pass the labels they speak of")
+                raise SelectionUsageError("at_least and at_most need groups: pass the labels they speak of")
             names, numbers = group(self.groups, n, "groups")
             unknown = [v for v in (*self.at_least, *self.at_most) if v not in names]
             if unknown:
@@ -136,7 +136,7 @@ class Constraints:
 
     def _costs(self, n: int) -> NDArray[np.float64] | None:
         if (self.costs is None) != (self.budget is None):
-            raise SelectionError("costs and budget belong together: give both or neither")
+            raise SelectionUsageError("costs and budget belong together: give both or neither")
         if self.costs is None or self.budget is None:
             return None
         costs = np.asarray(self.costs, np.float64)
@@ -146,7 +146,7 @@ class Constraints:
             place = int(np.argmin(np.isfinite(costs) & (costs > 0)))
             raise SelectionError(f"the cost at {place} is {costs[place]}: expected a finite number above 0")
         if not self.budget >= 0:
-            raise SelectionError(f"the budget is {self.budget}: expected 0 or more")
+            raise SelectionUsageError(f"the budget is {self.budget}: expected 0 or more")
         return costs
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.errors import SelectionError, UnknownNameError
+from repmatch.errors import SelectionError, SelectionUsageError, UnknownChoiceError
 from repmatch.selectors.constraints import Constraints
 from repmatch.selectors.features import Features
 from repmatch.selectors.greedy import Progress
@@ -111,13 +111,13 @@ class Entry:
         """
         if problem.algorithm not in ("auto", *self.algorithms):
             known = ", ".join(("auto", *self.algorithms))
-            raise SelectionError(f"{self.name} has no algorithm {problem.algorithm!r}: expected {known}")
+            raise SelectionUsageError(f"{self.name} has no algorithm {problem.algorithm!r}: expected {known}")
         for name in problem.parameters:
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
-                raise SelectionError(f"{self.name} has no parameter {name!r}: it takes {known}")
+                raise SelectionUsageError(f"{self.name} has no parameter {name!r}: it takes {known}")
         if problem.mix and self.name != "mixture":
-            raise SelectionError(f"weights of a mixture go with the strategy mixture, not with {self.name}")
+            raise SelectionUsageError(f"weights of a mixture go with the strategy mixture, not with {self.name}")
 
 
 _entries: dict[str, Entry] = {}
@@ -171,10 +171,10 @@ def strategy(name: str) -> Entry:
         Its entry.
 
     Raises:
-        UnknownNameError: no strategy has that name.
+        UnknownChoiceError: no strategy has that name.
     """
     if name not in _entries:
-        raise UnknownNameError.of("strategy", name, _entries)
+        raise UnknownChoiceError.of("strategy", name, _entries)
     return _entries[name]
 
 
@@ -189,7 +189,7 @@ def select(name: str, problem: Problem) -> Selection:
         The selection.
 
     Raises:
-        UnknownNameError: no strategy has that name.
+        UnknownChoiceError: no strategy has that name.
         SelectionError: the strategy does not know the algorithm or a parameter, or the rules can't be met.
     """
     entry = strategy(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.errors import SelectionError
+
+# A budget is kept but for rounding: 0.1 three times is 0.30000000000000004, and a user means 0.3.
+ROUNDING = 1.0 + 1e-12
 
 
 @dataclass
@@ -89,8 +93,8 @@ class Tracker:
         open: (n,) bool, True where a pick is still possible, now or later.
         allowed: (n,) bool, True where the next pick may be made.
         costs: (n,) float64 or None.
-        budget: what all picks together may cost.
-        spent: what they cost so far, added up in their order as a reader would.
+        budget: what all picks together may cost, and a rounding more: three times 0.1 are within 0.3.
+        spent: what they cost so far.
         notes: what the user should know about the quotas.
     """
 
@@ -103,8 +107,9 @@ class Tracker:
         budget: float,
         notes: tuple[str, ...],
     ) -> None:
-        self.k, self.parts, self.costs, self.budget, self.notes = k, parts, costs, budget, notes
-        self.spent = 0.0
+        self.k, self.parts, self.costs, self.notes = k, parts, costs, notes
+        self.budget, self._given = budget * ROUNDING, budget
+        self.spent = self._rest = 0.0
         self.open = ~closed
         self._close()
 
@@ -124,13 +129,20 @@ class Tracker:
         self.open[index] = False
         self.k -= 1
         if self.costs is not None:
-            self.spent += float(self.costs[index])
+            self._spend(float(self.costs[index]))
         for part in self.parts:
             g = part.groups[index]
             part.upper[g] -= 1
             part.lower[g] = max(0, part.lower[g] - 1)
             part.taken[g] += 1
         self._close()
+
+    def _spend(self, cost: float) -> None:
+        """Add a cost and, with the next one, what rounding took from the sum (Kahan 1965)."""
+        wanted = cost + self._rest
+        total = self.spent + wanted
+        self._rest = wanted - (total - self.spent)
+        self.spent = total
 
     def close(self, mask: NDArray[np.bool_]) -> None:
         """Rule out more instances.
@@ -154,14 +166,15 @@ class Tracker:
         return False
 
     def cost(self, picks: NDArray[np.int64]) -> float | None:
-        """Return what picks cost together, added up in their order as the budget is; None without costs.
+        """Return what picks cost together, the budget where only rounding exceeds it; None without costs.
 
         Args:
             picks: their positions.
         """
         if self.costs is None:
             return None
-        return float(np.add.accumulate(self.costs[picks])[-1]) if len(picks) else 0.0
+        found = math.fsum(self.costs[picks])
+        return self._given if self._given < found <= self.budget else found
 
     def owed(self) -> list[str]:
         """Return what the minimums still ask for, in words."""
@@ -184,10 +197,10 @@ class Tracker:
         if self.costs is not None:
             self.open &= self.spent + self.costs <= self.budget
             for part in self.parts:
-                if part.lower.any():  # what is owed must stay affordable; sums in another order round otherwise
+                if part.lower.any():  # what is owed must stay affordable
                     owed, dearest = part.cheapest(self.open, self.costs)
                     beside = np.maximum(self.costs - dearest[part.groups], 0.0)
-                    self.open &= self.spent + owed + beside <= self.budget * (1.0 + 1e-12)
+                    self.open &= self.spent + owed + beside <= self.budget
         self._turn()
 
     @property
@@ -217,7 +230,7 @@ def check_minimums(
     """
     for part in parts:
         least = part.cheapest(~closed, costs)[0]
-        if least > budget * (1.0 + 1e-12):
+        if least > budget * ROUNDING:
             raise SelectionError(
                 f"{part.kind}: the minimums cost {least:g} at the least, more than the budget {budget:g}"
             )

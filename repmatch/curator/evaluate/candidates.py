@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmatch.curator.select_options import KernelName
-from repmatch.errors import SelectionError, UnknownNameError, UsageError
+from repmatch.errors import SelectionError, UnknownChoiceError, UsageError
 from repmatch.selectors import Constraints, JoinedKernel, facility_location, random, strategies, top
 
 if TYPE_CHECKING:
@@ -91,13 +91,13 @@ def parse(text: str) -> Candidate:
         The candidate.
 
     Raises:
-        UnknownNameError: no strategy or baseline has that name.
+        UnknownChoiceError: no strategy or baseline has that name.
         UsageError: a rule is none, or goes with no choice.
     """
     name, *rules = (part.strip() for part in text.strip().split("+"))
     known = {*strategies(), *BASELINES}
     if name not in known:
-        raise UnknownNameError.of("strategy or baseline", name, known, "stored coresets are named with --coreset")
+        raise UnknownChoiceError.of("strategy or baseline", name, known, "stored coresets are named with --coreset")
     if name in _NO_RULES and rules:
         raise UsageError(f"{text!r}: {_NO_RULES[name]} no rule; leave +{rules[0]} out.")
     given: dict[str, Any] = {}
