@@ -11,7 +11,7 @@ import numpy as np
 
 from repmatch.datamodels import Adapter
 from repmatch.errors import StoreCorruptError
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.records import next_key, stored_object
 
 

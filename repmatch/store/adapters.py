@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from repmatch.datamodels import Adapter
 from repmatch.errors import StoreCorruptError, UnknownNameError, UsageError
 from repmatch.store.adapter_file import adapter_bytes, parse_adapter, put_adapter
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.factors import FactorTables
 from repmatch.store.files import write_file, writing_to
 

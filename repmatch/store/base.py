@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from repmatch.errors import StoreCorruptError, StoreError, StoreNotFoundError
 from repmatch.store.cache import FOLDER
-from repmatch.store.catalog import NAME, REBUILT, Catalog
+from repmatch.store.catalog import NAME, PATIENCE, REBUILT, Catalog
 from repmatch.store.files import check_plain, sync_folder, writing_to
 from repmatch.store.lock import WriterLock
 from repmatch.store.meta import read_meta
@@ -47,7 +47,7 @@ class Base:
         self.mode = mode
         self.segment_bytes = SEGMENT_BYTES
         self._wait = wait
-        self._catalog = Catalog(path)
+        self._catalog = Catalog(path, max(PATIENCE, wait))
         self._lock = WriterLock(path / "store.lock")
         self._depth = 0
         self._mutex = threading.RLock()
@@ -131,8 +131,9 @@ class Base:
             )
 
     def _catalog_is_lost(self) -> bool:
-        parts = self.path / "segments", self.path / "store.lock"
-        return not self._catalog.exists() and all(part.exists() for part in parts) and any(parts[0].iterdir())
+        if self._catalog.exists() or not (self.path / "segments").is_dir():
+            return False
+        return any((self.path / "segments").glob("[0-9]*.bin"))
 
     def _missing(self) -> StoreError:
         if self._catalog_is_lost():

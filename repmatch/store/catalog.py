@@ -31,9 +31,10 @@ from repmatch.errors import (
     StoreVersionError,
 )
 from repmatch.store import migrations
+from repmatch.store.database import attach, confine, connect, hide_progress
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.meta import check_objects, check_version, schema_of
-from repmatch.store.turn import taking_turns
+from repmatch.store.turn import GIVES_WAY_AFTER, ending_for_writers, taking_turns
 
 NAME = "catalog.duckdb"
 REBUILT = "catalog.rebuilt.duckdb"  # what a repair works on until it takes the catalog's place
@@ -73,7 +74,7 @@ def explain(error: Exception, path: Path) -> RepMatchError:
     """
     text = str(error).strip()
     lower = text.lower()
-    if "no space left" in lower or "disk quota" in lower:
+    if any(sign in lower for sign in ("no space left", "disk quota", "file too large")):
         return StoreError(f"the disk of {path} is full. What was committed before stays; make room and run it again.")
     if "newer version of duckdb" in lower or "newer duckdb" in lower:
         return StoreVersionError(f"{path} was written by a newer DuckDB: {text} Upgrade with: pip install -U duckdb")
@@ -116,10 +117,14 @@ class Catalog:
     def guarded(self) -> Iterator[Any]:
         """Open for SQL that a user wrote: read-only, no files, no network, settings locked.
 
-        Errors of DuckDB pass unchanged, the caller knows what the user asked for.
+        Errors of DuckDB pass unchanged, the caller knows what the user asked for. SQL may run as long as it likes while
+        nobody writes; a writer that waits for it ends it after a while, or it would wait in vain and fail.
 
         Yields:
             A DuckDB connection.
+
+        Raises:
+            StoreLockedError: a writer had waited for long and the SQL was ended.
         """
         gate = _gate(self.path)
         with gate.lock:
@@ -129,7 +134,17 @@ class Catalog:
             try:
                 self._check(conn, write=False)
                 conn.execute("SET lock_configuration = true")
-                yield conn
+                with ending_for_writers(self.path.parent, conn.interrupt) as ended:
+                    try:
+                        yield conn
+                    except Exception as error:  # what the caller made of the interruption
+                        if not ended.is_set():
+                            raise
+                        raise StoreLockedError(
+                            f"the SQL was ended because another process had waited {GIVES_WAY_AFTER:g} s to write to "
+                            f"{self.path.parent}, and it would have failed. Run it again when nobody writes, or on a "
+                            "copy of the store's folder."
+                        ) from error
             finally:
                 gate.connection = None
                 conn.close()
@@ -201,8 +216,7 @@ class Catalog:
         with gate.lock:
             with self.reading():
                 pass
-            where = str(self.path).replace("'", "''")
-            self._patiently(lambda: conn.execute(f"ATTACH '{where}' AS catalog (READ_ONLY)"))
+            self._patiently(lambda: attach(conn, self.path, "catalog"))
             try:
                 yield
             except duckdb.Error as error:
@@ -227,21 +241,30 @@ class Catalog:
         from repmatch import __version__
 
         new = self.path.with_name(NAME + ".new")
+        log = new.with_name(new.name + ".wal")
         with writing_to(self.path):
-            for leftover in (new, new.with_name(new.name + ".wal")):
+            for leftover in (new, log):
                 leftover.unlink(missing_ok=True)
         try:
-            conn = duckdb.connect(str(new))
-            for step in range(migrations.schema()):
-                migrations.apply_step(conn, step)
-            conn.execute(
-                "INSERT INTO registry.meta VALUES ('uuid', ?), ('created_by', ?), ('created', now()::VARCHAR)",
-                [store_uuid or uuid.uuid4().hex, __version__],
-            )
-            if fill is not None:
-                fill(conn)
-            conn.close()
+            conn = connect(new)
+            try:
+                for step in range(migrations.schema()):
+                    migrations.apply_step(conn, step)
+                conn.execute(
+                    "INSERT INTO registry.meta VALUES ('uuid', ?), ('created_by', ?), ('created', now()::VARCHAR)",
+                    [store_uuid or uuid.uuid4().hex, __version__],
+                )
+                if fill is not None:
+                    fill(conn)
+                # Closing would do this too, and say nothing where the disk is full: all would be in the log, which
+                # does not come along.
+                conn.execute("CHECKPOINT")
+            finally:
+                conn.close()
         except duckdb.Error as error:
+            for part in (new, log):
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
             raise explain(error, self.path) from error
         with writing_to(self.path):
             new.replace(self.path)
@@ -293,8 +316,6 @@ class Catalog:
         return target
 
     def _connect(self, read_only: bool, files: bool = False) -> Any:
-        import duckdb
-
         if not self.exists():
             raise StoreNotFoundError(
                 f"there is no store at {self.path.parent}. Make one with: repmatch ingest FILE --dataset NAME, "
@@ -303,7 +324,7 @@ class Catalog:
         spill = str(Path(tempfile.gettempdir()) / f"repmatch-{os.getpid()}")
         with taking_turns(self.path.parent, read_only) as turn:
             conn = self._patiently(
-                lambda: duckdb.connect(str(self.path), read_only=read_only, config={"temp_directory": spill}),
+                lambda: connect(self.path, read_only=read_only, config={"temp_directory": spill}),
                 None if read_only else turn.ask,
             )
         hide_progress(conn)
@@ -311,13 +332,13 @@ class Catalog:
             confine(conn)
         return conn
 
-    def _patiently(self, connect: Any, ask: Callable[[], None] | None = None) -> Any:
+    def _patiently(self, opening: Any, ask: Callable[[], None] | None = None) -> Any:
         import duckdb
 
         deadline, pause = time.monotonic() + self.patience, 0.005
         while True:
             try:
-                return connect()
+                return opening()
             except duckdb.Error as error:
                 text = str(error)
                 if "different configuration" in text or "file handle conflict" in text:
@@ -338,40 +359,3 @@ class Catalog:
                     ask()
                 time.sleep(pause)
                 pause = random.uniform(0.005, 0.03)  # short: a busy writer leaves the lock for moments only
-
-
-def hide_progress(conn: Any) -> None:
-    """Turn DuckDB's progress bar off, which would print to standard output.
-
-    Args:
-        conn: an open connection.
-    """
-    import duckdb
-
-    with suppress(duckdb.InvalidInputException):  # a notebook without ipywidgets has no bar, and says so
-        conn.execute("SET enable_progress_bar = false")
-
-
-def confine(conn: Any) -> None:
-    """Keep a connection from files, the network and extensions, whatever a view or macro in the database asks for.
-
-    Args:
-        conn: an open connection.
-    """
-    conn.execute(
-        "SET autoload_known_extensions = false; SET autoinstall_known_extensions = false; "
-        "SET enable_external_access = false"
-    )
-
-
-def first(result: Any) -> Any:
-    """Return the first row of a result; the rest is fetched too, for an unfinished result blocks the connection.
-
-    Args:
-        result: what `execute` returned.
-
-    Returns:
-        The row as a tuple, or None.
-    """
-    rows = result.fetchall()
-    return rows[0] if rows else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from repmatch.datamodels import Dataset, Encoding, Row, Space
 from repmatch.errors import StoreCorruptError
 from repmatch.store.cache import forget_others
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.factors import RawBatch, check_places
 from repmatch.store.health import Health, damaged_batches, folder_bytes
 from repmatch.store.mapping import MappedSegment

@@ -10,7 +10,7 @@ import numpy as np
 from repmatch.datamodels import Coreset
 from repmatch.errors import UnknownNameError, UsageError
 from repmatch.store.adapters import Adapters
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.datasets import check_name
 from repmatch.store.records import next_key, stored_object
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from repmatch.datamodels import Dataset, Space
 from repmatch.errors import StoreCorruptError, UnknownNameError, UsageError
 from repmatch.store.base import Base
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.records import dataset_of, encodable, next_key, put_dataset, put_space, space_of, stored_json
 
 if TYPE_CHECKING:

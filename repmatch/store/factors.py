@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from repmatch.datamodels import Dataset, Encoding, FactorBatch, Factors, Row, Space
 from repmatch.errors import RepMatchError, StoreCorruptError, StoreError, UnknownNameError, UsageError
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.encoding import RowFormat
 from repmatch.store.instances import Instances
 from repmatch.store.journal import BatchEntry, Journal

@@ -11,6 +11,8 @@ from pathlib import Path
 from repmatch.errors import StoreCorruptError, StoreError
 
 FOLDERS = ("segments", "adapters", "cache", "staging")
+# Ends of the names of a store's files. Folders besides those have names of their own ends.
+_FILES = (".bin", ".journal", ".safetensors", ".duckdb", ".wal", ".lock", ".new", ".tmp", ".f32", ".part")
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def writing_to(path: Path) -> Iterator[None]:
             raise
         if error.errno == errno.ELOOP:
             raise _not_plain(path) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreError(
                 f"the disk of {path} is full. What was committed before stays; make room and run the command again."
             ) from error
@@ -53,6 +55,13 @@ def _not_plain(path: Path) -> StoreCorruptError:
     )
 
 
+def _misplaced(path: Path, found: str, expected: str) -> StoreCorruptError:
+    return StoreCorruptError(
+        f"{path} is a {found}, where a store has a {expected}. Nothing was touched. Move it elsewhere, and restore the "
+        "store from a backup where something is missing then."
+    )
+
+
 def check_plain(folder: Path) -> None:
     """Make sure that all in a store's folder is a plain file or folder: a link would lead out of it, a pipe hang.
 
@@ -60,14 +69,20 @@ def check_plain(folder: Path) -> None:
         folder: the store, which may not exist; it may be a link itself.
 
     Raises:
-        StoreCorruptError: something is a link, a pipe or a device.
+        StoreCorruptError: something is a link, a pipe or a device, a folder where a file belongs, or a file where a
+            folder does.
     """
     for place in (folder, *(folder / name for name in FOLDERS)):
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
-                    if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+                    is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
+                    if not (is_file or is_folder):
                         raise _not_plain(Path(entry.path))
+                    if is_file and place == folder and entry.name in FOLDERS:
+                        raise _misplaced(Path(entry.path), "file", "folder")
+                    if is_folder and Path(entry.name).suffix in _FILES:
+                        raise _misplaced(Path(entry.path), "folder", "file")
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repmatch.errors import UsageError
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 
 _OWN = ("id", "label")
 _EMPTY = ("where_clause", "having", "qualify", "sample")

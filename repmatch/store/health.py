@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from repmatch.errors import RepMatchError, StoreCorruptError, StoreVersionError
 from repmatch.store.cache import FOLDER
-from repmatch.store.catalog import explain, first
+from repmatch.store.catalog import explain
+from repmatch.store.database import first
 from repmatch.store.meta import read_meta
 from repmatch.store.recovery import Committed, committed_segments, journal_of
 from repmatch.store.runs import Runs

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repmatch.datamodels import Row
 from repmatch.errors import UnknownNameError, UsageError
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.datasets import Datasets
 from repmatch.store.filters import check_expression, column_sql, rows_view, visible_columns
 from repmatch.store.records import ROW_COLUMNS, encodable

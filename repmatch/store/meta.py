@@ -19,6 +19,9 @@ _OBJECTS = {
 }
 
 
+_ALWAYS = ("schema", "min_reader", "uuid", "created", "created_by")
+
+
 def read_meta(conn: Any) -> dict[str, str]:
     """Read the store's facts about itself.
 
@@ -28,8 +31,18 @@ def read_meta(conn: Any) -> dict[str, str]:
     Returns:
         `schema`, `min_reader`, `uuid`, `created`, `created_by`; `schema_version`, the version of repmatch that brought
         it to its schema, where that was written down.
+
+    Raises:
+        StoreCorruptError: one of those that are always there is not.
     """
-    return dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
+    found = dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
+    missing = [key for key in _ALWAYS if not isinstance(found.get(key), str)]
+    if missing:
+        raise StoreCorruptError(
+            f"the catalog does not say what every catalog says of itself ({quote_list(missing)} missing in "
+            "registry.meta). Restore the store from a backup."
+        )
+    return found
 
 
 def schema_of(conn: Any, path: Path) -> tuple[int, int]:
@@ -45,8 +58,11 @@ def schema_of(conn: Any, path: Path) -> tuple[int, int]:
     import duckdb
 
     try:
-        meta = read_meta(conn)
-        return int(meta["schema"]), int(meta["min_reader"])
+        meta = dict(conn.execute("SELECT key, value FROM registry.meta").fetchall())
+        found, least = int(meta["schema"]), int(meta["min_reader"])
+        if found < 1:
+            raise ValueError(found)
+        return found, least
     except (duckdb.CatalogException, duckdb.BinderException, KeyError, TypeError, ValueError) as error:
         raise StoreCorruptError(
             f"{path} is a DuckDB database but not a catalog of repmatch (registry.meta cannot be read). Name another "

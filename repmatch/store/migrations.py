@@ -6,6 +6,7 @@ index: DuckDB's indexes would make every update a delete and an insert, and one 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from repmatch import __version__
@@ -113,6 +114,8 @@ def apply_step(conn: Any, step: int) -> None:
         conn: a connection for writing, outside a transaction.
         step: index in `MIGRATIONS`.
     """
+    import duckdb
+
     conn.begin()
     try:
         conn.execute(MIGRATIONS[step])
@@ -123,5 +126,6 @@ def apply_step(conn: Any, step: int) -> None:
         )
         conn.commit()
     except BaseException:
-        conn.rollback()
+        with suppress(duckdb.Error):  # where the disk is full DuckDB has ended the transaction itself
+            conn.rollback()
         raise

@@ -12,7 +12,7 @@ import numpy as np
 
 from repmatch.datamodels import Dataset, Encoding, Fields, Row, Space, canonical_json
 from repmatch.errors import InputError, StoreCorruptError, UsageError
-from repmatch.store.catalog import first
+from repmatch.store.database import first
 from repmatch.store.journal import BatchEntry
 
 _RESTORE = "Restore the store from a backup."

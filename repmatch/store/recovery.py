@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -104,7 +105,8 @@ def recover(catalog: Catalog, folder: Path) -> None:
         folder: the store.
 
     Raises:
-        StoreCorruptError: a segment is shorter than its committed rows. Nothing is changed then.
+        StoreCorruptError: a segment is shorter than its committed rows, or its own header speaks of rows of another
+            size than the catalog. Nothing is changed then.
     """
     segments = folder / "segments"
     with catalog.reading() as conn:
@@ -114,7 +116,10 @@ def recover(catalog: Catalog, folder: Path) -> None:
             "SELECT pk, pid FROM registry.runs WHERE status = 'running' AND host = ?", [socket.gethostname()]
         ).fetchall()
     for record in kept.known:
-        SegmentFile(segments, record.pk, record.row_bytes).check_size(record.rows)
+        file = SegmentFile(segments, record.pk, record.row_bytes)
+        file.check_size(record.rows)
+        if not record.sealed:
+            file.check_rows()
     known, strange = _enter_pending(catalog, segments, kept)
     _cut(segments, known)
     _drop_empty(segments, {record.pk for record in known}, strange)
@@ -196,17 +201,23 @@ def _unknown(segments: Path, known: set[int], uuid: str) -> list[tuple[SegmentFi
     """List segment files of this store that the catalog does not have, with the end of their journal's head."""
     out = []
     for path in sorted(segments.glob("*.bin")):
-        if not path.stem.isdigit() or int(path.stem) in known:
+        number = _number(path)
+        if number is None or number in known:
             continue
         try:
-            header = SegmentFile(segments, int(path.stem), 1).header()
+            header = SegmentFile(segments, number, 1).header()
         except StoreCorruptError:
             continue
         file = SegmentFile(segments, header.number, header.row_bytes)
         head = next(journal_of(file).frames(), None)
-        if header.store == uuid and header.number == int(path.stem) and head is not None and _names_space(head[1]):
+        if header.store == uuid and header.number == number and head is not None and _names_space(head[1]):
             out.append((file, head[0]))
     return out
+
+
+def _number(path: Path) -> int | None:
+    """The number of a segment's file; None where it is not named like one."""
+    return int(path.stem) if re.fullmatch(r"[0-9]{6,18}", path.stem) else None
 
 
 def _names_space(head: dict[str, Any]) -> bool:
@@ -309,6 +320,9 @@ def settle(catalog: Catalog, folder: Path) -> None:
     """
     with catalog.reading() as conn:
         known = committed_segments(conn)
+    for record in known:
+        if not record.sealed:
+            SegmentFile(folder / "segments", record.pk, record.row_bytes).check_rows()
     _cut(folder / "segments", known)
 
 
@@ -316,12 +330,13 @@ def _drop_empty(segments: Path, known: set[int], strange: list[SegmentFile]) -> 
     """Remove segments that were started and never committed to; set aside what cannot be told."""
     heads = {file.number for file in strange}
     for path in sorted(segments.glob("*.bin")):
-        if not path.stem.isdigit() or int(path.stem) in known:
+        number = _number(path)
+        if number is None or number in known:
             continue
         journal = Journal(path.with_suffix(".journal"))
         frames = journal.frames()
         head = next(frames, None)
-        if path.stat().st_size <= HEADER_BYTES or (int(path.stem) in heads and head and journal.torn(head[0])):
+        if path.stat().st_size <= HEADER_BYTES or (number in heads and head and journal.torn(head[0])):
             path.unlink()
             journal.path.unlink(missing_ok=True)
         else:

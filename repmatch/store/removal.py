@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from repmatch.errors import UsageError, quote_list
 from repmatch.store.cache import forget_others
-from repmatch.store.catalog import first
 from repmatch.store.compaction import Compaction
+from repmatch.store.database import first
 from repmatch.store.records import SPENT_INSTANCES, next_key
 
 _LEAN = ("scores", "factors", "members", "represented", "picks")

@@ -7,11 +7,12 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repmatch.errors import RepMatchError, StoreCorruptError
-from repmatch.store.catalog import NAME, REBUILT, Catalog, explain, first
+from repmatch.store.catalog import NAME, REBUILT, Catalog, explain
+from repmatch.store.database import first
 from repmatch.store.files import sync_folder, writing_to
 from repmatch.store.health import Finding, damaged_batches
 from repmatch.store.journal import BatchEntry
@@ -203,10 +204,14 @@ class Repair(Removal):
             if file.size() < HEADER_BYTES:
                 continue
             try:
-                sound = file.header() == expected
+                header = file.header()
             except StoreCorruptError:
-                sound = False
-            if not sound:
+                header = None
+            if header is not None and header != expected and replace(header, row_bytes=row_bytes) == expected:
+                # The header has a checksum of its own, and the batches' tell whether it is right.
+                with self._transaction() as conn:
+                    conn.execute("UPDATE registry.segments SET row_bytes = ? WHERE pk = ?", [header.row_bytes, number])
+            elif header != expected:
                 copy = file.path.with_name(file.path.name + ASIDE)
                 with writing_to(copy):
                     shutil.copyfile(file.path, copy)

@@ -9,7 +9,8 @@ from typing import Any
 
 from repmatch.errors import StoreCorruptError
 from repmatch.store import migrations
-from repmatch.store.catalog import _gate, confine, first, hide_progress
+from repmatch.store.catalog import _gate
+from repmatch.store.database import attach, confine, connect, first, hide_progress
 from repmatch.store.meta import check_objects, read_meta
 from repmatch.store.records import SPENT_INSTANCES
 
@@ -84,7 +85,7 @@ class Salvage:
         import duckdb
 
         with suppress(duckdb.Error, StoreCorruptError):
-            conn = duckdb.connect(str(self.path), read_only=True)
+            conn = connect(self.path, read_only=True)
             hide_progress(conn)
             confine(conn)
             check_objects(conn, self.path)
@@ -126,6 +127,8 @@ class Salvage:
         Args:
             conn: a connection for writing, outside of a transaction.
         """
+        import duckdb
+
         if self._schema != migrations.schema():
             return
         with _attached(conn, self.path):
@@ -138,7 +141,8 @@ class Salvage:
                     self._enter_named(conn)
                 conn.commit()
             except BaseException:
-                conn.rollback()
+                with suppress(duckdb.Error):
+                    conn.rollback()
                 raise
 
     def _enter_named(self, conn: Any) -> None:
@@ -187,10 +191,10 @@ def _drop_short(conn: Any, kind: str, parts: tuple[str, ...]) -> None:
 
 class _attached:  # noqa: N801 -- reads as a function
     def __init__(self, conn: Any, path: Path) -> None:
-        self._conn, self._path = conn, str(path).replace("'", "''")
+        self._conn, self._path = conn, path
 
     def __enter__(self) -> None:
-        self._conn.execute(f"ATTACH '{self._path}' AS old (READ_ONLY)")
+        attach(self._conn, self._path, "old")
 
     def __exit__(self, *_: object) -> None:
         self._conn.execute("DETACH old")

@@ -190,6 +190,20 @@ class SegmentFile:
                 "Nothing was changed. Restore this file from a backup; what it holds cannot be read until then."
             )
 
+    def check_rows(self) -> None:
+        """Make sure that catalog and file mean rows of one size, before anything is cut off.
+
+        Raises:
+            StoreCorruptError: they do not, or the header cannot be read.
+        """
+        said = self.header().row_bytes
+        if said != self.row_bytes:
+            raise StoreCorruptError(
+                f"the catalog has rows of {self.row_bytes} bytes in segment {self.path}, whose own header says {said}. "
+                "Nothing was changed. Restore the store's catalog from a backup, or keep what can be told with: "
+                "repmatch repair"
+            )
+
     def rows(self, first: int, count: int) -> NDArray[np.uint8]:
         """Map rows of the file, without reading them.
 

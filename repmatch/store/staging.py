@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from repmatch.datamodels import BadRow, Encoding, Row
 from repmatch.errors import StoreError, UsageError
-from repmatch.store.catalog import explain, first, hide_progress
+from repmatch.store.catalog import explain
+from repmatch.store.database import connect, first, hide_progress
 from repmatch.store.files import writing_to
 from repmatch.store.records import ROW_COLUMNS, encodable, replace_rows, rows_table
 from repmatch.store.scratch import remove_scratch
@@ -95,7 +96,7 @@ class Stage:
         self._path = name.with_suffix(".duckdb")
         config: Any = {"memory_limit": _MEMORY, "temp_directory": str(name.with_suffix(".spill"))}
         try:
-            self._conn = duckdb.connect(str(self._path), config=config)
+            self._conn = connect(self._path, config=config)
             hide_progress(self._conn)
             self._conn.execute(_SCHEMA)
         except duckdb.Error as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from repmatch.errors import UsageError
 from repmatch.store.arrow import ArrowTables
 from repmatch.store.base import Mode
+from repmatch.store.database import folder_of
 from repmatch.store.search import Searches
 from repmatch.store.staging import Stage
 from repmatch.store.union import Union
@@ -72,4 +73,4 @@ def open(path: str | Path = DEFAULT_PATH, *, mode: Mode | None = None, wait: flo
     """
     if mode not in (None, "r", "w"):
         raise UsageError(f"unknown mode {mode!r}; expected None, 'r' or 'w'.")
-    return Store(Path(path), mode, wait)
+    return Store(folder_of(path), mode, wait)

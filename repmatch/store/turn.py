@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ ASKS_AFTER = 0.5
 """Seconds that a writer tries before it asks readers to wait."""
 COURTESY = 5.0
 """Seconds that a reader waits for a writer at most."""
+GIVES_WAY_AFTER = 10.0
+"""Seconds that a writer asks before SQL of a user, which may run for hours, is ended for it."""
+_LOOKS_EVERY = 0.25
 
 
 @dataclass
@@ -93,3 +97,47 @@ def taking_turns(folder: Path, read_only: bool) -> Iterator[Turn]:
         yield turn
     finally:
         turn.release()
+
+
+@contextmanager
+def ending_for_writers(folder: Path, end: Callable[[], None]) -> Iterator[threading.Event]:
+    """End what runs meanwhile when a writer has asked for its turn for long.
+
+    Args:
+        folder: the store.
+        end: called once, from another thread.
+
+    Yields:
+        An event that is set when `end` was called.
+    """
+    ended, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        since: float | None = None
+        while not over.wait(_LOOKS_EVERY):
+            since = (since or time.monotonic()) if _asked(folder / NAME) else None
+            if since is not None and time.monotonic() - since >= GIVES_WAY_AFTER:
+                ended.set()
+                end()
+                return
+
+    thread = threading.Thread(target=watch, name="repmatch-turn", daemon=True)
+    thread.start()
+    try:
+        yield ended
+    finally:
+        over.set()
+        thread.join()
+
+
+def _asked(path: Path) -> bool:
+    """Whether a writer asks for its turn now."""
+    with suppress(OSError):  # no such file: nobody ever had to ask
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False

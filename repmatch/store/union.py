@@ -10,8 +10,8 @@ from typing import Any
 
 from repmatch.datamodels import Dataset
 from repmatch.errors import SpaceMismatchError, StoreCorruptError, UsageError, quote_list
-from repmatch.store.catalog import hide_progress
 from repmatch.store.compaction import MOVE_ROWS
+from repmatch.store.database import folder_of, hide_progress
 from repmatch.store.records import stored_object, united_columns
 from repmatch.store.recovery import committed_segments
 from repmatch.store.repair import Repair
@@ -76,8 +76,9 @@ class Union(Repair):
             UsageError: a store is named twice or is this one, a dataset has other columns or labels, or an id other
                 content.
         """
-        _check_paths(self.path, [Path(path) for path in paths])
-        others = [Union(Path(path), "r", 0.0) for path in paths]
+        folders = [folder_of(path) for path in paths]
+        _check_paths(self.path, folders)
+        others = [Union(folder, "r", 0.0) for folder in folders]
         parts = [sorted(_parts_of(other), key=lambda part: part.number) for other in others]
         if others and all(parts):
             order = sorted(range(len(others)), key=lambda i: (parts[i][0].dataset, parts[i][0].number))
