@@ -79,9 +79,10 @@ class Repair(Removal):
             with self.writing():  # enters what an interrupted write left in journals and adapter files
                 return Repaired((), 0, (), (), (), ())
         aside: list[str] = []
+        unnamed: list[Finding] = []
         with self._locked():
             if not self._readable():
-                aside += self._rebuild()
+                aside += self._rebuild(unnamed)
             aside += self._set_broken_headers_aside()
             enter_pending(self._catalog, self.path)  # of an interrupted write, maybe of a repair like this one
             lost, datasets = self._drop_damaged()
@@ -90,10 +91,16 @@ class Repair(Removal):
             aside += self._rewrite()
             recover(self._catalog, self.path)
             self._catalog.checkpoint()
-        return Repaired(tuple(findings), lost, datasets, adapters, tuple(aside), tuple(self.verify()))
+        lost += sum(finding.factors for finding in unnamed)
+        return Repaired((*findings, *unnamed), lost, datasets, adapters, tuple(aside), tuple(self.verify()))
 
     def _lost_catalog(self) -> list[Finding]:
-        if not any((self.path / "segments").glob("*.bin")):
+        if not self._catalog_is_lost():
+            if any((self.path / "segments").glob("[0-9]*.journal")):
+                raise StoreCorruptError(
+                    f"of the store {self.path} only journals are left: catalog and segments are gone, so there is no "
+                    "factor to keep. Restore them from a backup, or ingest the rows again into another folder."
+                )
             raise self._missing()
         return [Finding(str(self.path / NAME), "the file is gone", "Rebuilt from the journals.")]
 
@@ -132,7 +139,7 @@ class Repair(Removal):
                 return False
             raise problem from error
 
-    def _rebuild(self) -> list[str]:
+    def _rebuild(self, findings: list[Finding]) -> list[str]:
         """Make a new catalog; the damaged one and whatever the new one does not take in stay as copies.
 
         A damaged write-ahead log alone costs its own commits. Of a damaged catalog every table that can be read is
@@ -153,7 +160,7 @@ class Repair(Removal):
         if old is not None and old.has_core:
             new.create(old.uuid, fill=old.fill)
         else:
-            uuid, copies = self._uncertain_segments()
+            uuid, copies = self._uncertain_segments(findings)
             aside += copies
             spent = None if old is None else old.keep_spent
             new.create((old.uuid if old is not None else None) or uuid, fill=spent)
@@ -168,9 +175,10 @@ class Repair(Removal):
             sync_folder(self.path)
         return aside
 
-    def _uncertain_segments(self) -> tuple[str | None, list[str]]:
+    def _uncertain_segments(self, findings: list[Finding]) -> tuple[str | None, list[str]]:
         """Return the store's UUID as segments have it, and copies of those of which journals do not hold every row."""
-        uuid, aside = None, []
+        uuid: str | None = None
+        aside: list[str] = []
         for path in sorted((self.path / "segments").glob("*.bin")):
             try:
                 header = SegmentFile(path.parent, int(path.stem), 1).header()
@@ -178,7 +186,13 @@ class Repair(Removal):
                 continue  # recovery sets it aside as *.lost
             uuid = uuid or header.store
             file = SegmentFile(path.parent, header.number, header.row_bytes)
-            if not _wholly_journalled(file):
+            rows, whole = _journalled(file)
+            there = max(0, file.size() - HEADER_BYTES) // file.row_bytes
+            if rows < there:
+                problem = f"{there - rows} of its {there} rows are named by no journal, and the catalog is gone"
+                remedy = "Ingest their dataset again; the bytes stay beside it."
+                findings.append(Finding(str(path), problem, remedy, there - rows))
+            if not whole:
                 for part in (path, path.with_suffix(".journal")):
                     copy = part.with_name(part.name + ASIDE)
                     if part.exists():
@@ -296,19 +310,19 @@ class Repair(Removal):
         return str(target)
 
 
-def _wholly_journalled(file: SegmentFile) -> bool:
-    """Whether the journal speaks for every row of a segment, so that a rebuilt catalog will take in all of it."""
+def _journalled(file: SegmentFile) -> tuple[int, bool]:
+    """Count the rows that a segment's journal names and a rebuilt catalog takes in; say whether that is all."""
     rows = end = 0
     for end, value in journal_of(file).frames():  # noqa: B007
         if "crc32" in value:
             try:
                 entry = BatchEntry.from_value(value)
             except ValueError:
-                return False
+                return rows, False
             count = len(entry.rows)
             if entry.first != rows or file.size() < file.offset(rows + count):
-                return False
+                return rows, False
             if file.crc32(rows, count) != entry.crc32:
-                return False
+                return rows, False
             rows += count
-    return file.size() == file.offset(rows) and journal_of(file).size() == end
+    return rows, file.size() == file.offset(rows) and journal_of(file).size() == end
