@@ -203,7 +203,7 @@ BAD = [
     (("score", "nope"), 1, "there is no dataset 'nope'; known: 'toy'"),
     (("nearest", "toy", "toy-999"), 1, "there is no instance 'toy-999'"),
     (("nearest", "toy"), 2, "give the id of an instance, or a text"),
-    (("nearest", "toy", "--text", " "), 1, "the text is empty"),
+    (("nearest", "toy", "--text", " "), 2, "the text is empty"),
     (("nearest", "toy", "--text", "good", "--label", "maybe"), 1, "there is no label 'maybe'; known: 'no', 'yes'"),
     (("nearest", "toy", "--text", "good", "--text-pair", "bad"), 2, "are single texts"),
     (("select", "toy", "-k", "0"), 2, "-k 0 is out of range"),

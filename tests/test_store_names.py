@@ -198,7 +198,8 @@ def test_sql_of_a_user_ends_for_a_writer_that_has_waited(tmp_path: Path, monkeyp
     monkeypatch.setattr(turn, "GIVES_WAY_AFTER", 1.0)
     code = (
         "import sys, time\nfrom repmatch import store as stores\n"
-        "with stores.open(sys.argv[1]) as store:\n    time.sleep(1)\n    store.delete('d', ids=['r0'])\n    print('deleted')\n"
+        "with stores.open(sys.argv[1]) as store:\n    time.sleep(1)\n"
+        "    store.delete('d', ids=['r0'])\n    print('deleted')\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s")], stdout=subprocess.PIPE) as writer:
         with pytest.raises(StoreError, match="another process had waited"):

@@ -125,11 +125,11 @@ def nearest_to_text(
 
     Raises:
         UnknownNameError: the dataset has no such label.
-        InputError: the text is empty.
+        UsageError: the text is empty.
     """
     _check_k(k)
     if not row.text.strip():
-        raise InputError("the text is empty; expected some words after --text.")
+        raise UsageError("the text is empty; expected some words after --text.")
     known = store.dataset(dataset)
     if row.label and known.labels and row.label not in known.labels:
         raise UnknownNameError.of("label", row.label, known.labels, f"labels are those of the dataset {dataset!r}")

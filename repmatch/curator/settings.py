@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,12 @@ class Settings:
             raise UsageError(f"--batch-tokens {self.batch_tokens} is too small; expected 16 or more.")
         if self.alpha is not None and not self.alpha > 0:
             raise UsageError(f"alpha {self.alpha} is out of range; expected a positive number.")
-
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UsageError(f"--steps {self.steps} is out of range; expected 1 to 1000.")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise UsageError(f"--learning-rate {self.learning_rate} is out of range; expected a positive number.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UsageError(f"the device {self.device!r} is unknown; expected auto, cpu, cuda, cuda:N or mps.")
         if self.template not in (None, "plain", "chat"):
             raise UsageError(f"--template {self.template!r} is unknown; expected plain or chat.")
         if self.task is not None:
