@@ -107,8 +107,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader left (| head): not our failure, but what was not written cannot be called written either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:
-        if debug:
+    except BaseException as error:  # a panic of polars is no Exception
+        if debug or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         err.error(
             f"{type(error).__name__}: {error}\nThis is a defect of repmatch; set REPMATCH_DEBUG=1 for the traceback."
