@@ -33,7 +33,7 @@ from repmatch.commands.sql import sql
 from repmatch.commands.study import study
 from repmatch.commands.suspects import suspects
 from repmatch.commands.verify import verify
-from repmatch.config import read_config
+from repmatch.config import origin, read_config
 from repmatch.context import DEFAULT_STORE, Context, examples
 from repmatch.errors import RepMatchError
 from repmatch.output import Output
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         shown = StringIO()
         error.show(file=shown)  # with values of a configuration file in it
-        err.say(shown.getvalue().rstrip("\n"))
+        err.say(shown.getvalue().rstrip("\n") + origin(error))
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         err.error("interrupted; what was committed stays. Run the same command again to go on.")
@@ -107,8 +107,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader left (| head): not our failure, but what was not written cannot be called written either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:
-        if debug:
+    except BaseException as error:  # a panic of polars is no Exception
+        if debug or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         err.error(
             f"{type(error).__name__}: {error}\nThis is a defect of repmatch; set REPMATCH_DEBUG=1 for the traceback."

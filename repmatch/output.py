@@ -15,6 +15,7 @@ from repmatch.printable import printable as printable
 from repmatch.printable import shorten as shorten
 
 _UNSAFE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # C1, line ends, directions
+_COMMANDS = re.compile(f"[\x00-\x08\x0b-\x1f{_UNSAFE.pattern[1:]}")  # all that a terminal obeys but tab and line end
 
 
 class Output:
@@ -42,7 +43,9 @@ class Output:
         self.raw("\n".join(printable(line) for line in text.split("\n")))
 
     def raw(self, text: str) -> None:
-        """Write one line of data for a program to read, as it is."""
+        """Write one line of data for a program to read: as it is; on a terminal, what would command it is escaped."""
+        if self._out.isatty():
+            text = _COMMANDS.sub(_escape, text)
         self._out.write(text + "\n")
 
     def json(self, value: Any) -> None:

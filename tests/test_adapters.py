@@ -193,6 +193,50 @@ def test_what_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_path("toy") and not is_path("toy[path = 'a/b']")
 
 
+def test_an_adapter_that_is_zero_has_no_cosine(run: Run, tmp_path: Path) -> None:
+    given = factors(2)
+    one = write_peft(tmp_path / "one", given)
+    zero = write_peft(tmp_path / "zero", {name: (a, np.zeros_like(b)) for name, (a, b) in given.items()})
+    result = run("compare", one, zero)
+    assert result.code == 0
+    assert f"score 0.0000 over 2 matrices, no cosine, for {zero} is zero; unrelated" in result.out
+    assert "nan" not in result.out.replace(str(tmp_path), "")
+    again = write_peft(tmp_path / "again", {name: (a, np.zeros_like(b)) for name, (a, b) in given.items()})
+    assert f"no cosine, for {zero} and {again} are zero" in run("compare", zero, again).out
+
+
+NONSENSE = [
+    ({"r": "four"}, "'r' is 'four'; expected a whole number from 1"),
+    ({"r": None}, "'r' is None; expected a whole number from 1"),
+    ({"r": True}, "'r' is True"),
+    ({"r": 0}, "'r' is 0"),
+    ({"lora_alpha": None}, "'lora_alpha' is None; expected a number"),
+    ({"lora_alpha": "16"}, "'lora_alpha' is '16'; expected a number"),
+    ({"lora_alpha": float("inf")}, "'lora_alpha' is inf"),
+    ({"use_rslora": "false"}, "'use_rslora' is 'false'; expected true or false"),
+    ({"alpha_pattern": {"query": None}}, "alpha_pattern of adapter_config.json has null for 'query'"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), NONSENSE)
+def test_nonsense_in_a_config_is_named(
+    run: Run, toy_store: Path, tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    one = write_peft(tmp_path / "one", factors(2))
+    bad = write_peft(tmp_path / "bad", factors(2), **config)
+    for asked in (("compare", one, bad), ("--store", toy_store, "adapter", "import", bad, "--name", "x")):
+        result = run(*asked)
+        assert (result.code, result.out) == (1, "")
+        assert message in result.err
+        assert "adapter_config.json" in result.err
+
+
+def test_what_a_config_leaves_out_has_a_default(tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "one", factors(2))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "alpha_pattern": null, "use_rslora": null}')
+    assert [layer.scale for layer in read_lora(folder).layers.values()] == [1.0, 1.0]
+
+
 BAD = [
     ("missing", "there is no file or folder"),
     ("empty", "holds no adapter_model.safetensors"),

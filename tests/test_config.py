@@ -52,6 +52,28 @@ BAD = [
     ("[score]\nlimit = [1]", "expected a text, a number, true or false"),
     ("[score]\nlimit = 'many'", "'many' is not a valid integer"),
     ("store =", "cannot be read as TOML"),
+    ("[ingest.foo]\nx = 1", "'foo' in [ingest] of repmatch.toml is a table; 'ingest' has no commands"),
+    ("[info.store]", "'store' in [info] of repmatch.toml is a table"),
+    ("[adapter.exprot]\nepochs = 1", "there is no command 'exprot'; did you mean 'export'"),
+    ("[adapter]\nstore = 'x'", "there is no option 'store'; known: 'dataset', 'device', 'epochs'"),
+    ("[study]\nlimit = 1", "It stands in [study] of repmatch.toml"),
+    ("version = true", "there is no option 'version'"),
+    ("[score]\nlimit = 2.5", "'2.5' is not a valid integer"),
+    ("limit = 2.5", "The value is that of 'limit' above all tables of repmatch.toml"),
+    ("[score]\nlimit = 1e400", "'inf' is not a valid integer"),
+    ("limit = true", "'limit' in repmatch.toml is true; --limit is no switch, it takes a value"),
+    ("[score]\nwait = false", "'wait' in [score] of repmatch.toml is false; --wait is no switch"),
+    ("[score]\nwhere = true", "'where' in [score] of repmatch.toml is true; --where is no switch"),
+    ("[score]\nlimit = 0", "The value is that of 'limit' in [score] of repmatch.toml"),
+    ("[score]\nlimit = 'many'", "The value is that of 'limit' in [score] of repmatch.toml"),
+    ("[score]\njson = 2.5", "The value is that of 'json' in [score] of repmatch.toml"),
+    ("quiet = 2.5", "The value is that of 'quiet' above all tables of repmatch.toml"),
+    ("[study]\nseed = [1]", "'seed' in [study] of repmatch.toml is a list"),
+    ("[score]\nlimit = 2020-01-01", "'limit' in [score] of repmatch.toml is a date"),
+    ("limit = " + "9" * 30, "'limit' in repmatch.toml is an integer beyond 64 bits"),
+    ("limit = 0x" + "f" * 5000, "'limit' in repmatch.toml is an integer beyond 64 bits"),
+    ("limit = " + "9" * 5000, "repmatch.toml cannot be read as TOML"),
+    ("limit = " + "[" * 5000 + "]" * 5000, "repmatch.toml cannot be read as TOML: it is nested too deep"),
 ]
 
 
@@ -60,8 +82,63 @@ def test_a_file_with_a_mistake(run: Run, here: Path, toy_store: Path, text: str,
     (here / "repmatch.toml").write_text(text + "\n")
     result = run("--store", toy_store, "score", "toy")
     assert message in result.err
-    assert result.code in (1, 2)
+    assert (result.code, result.out) == (2, "")
     assert "Traceback" not in result.err
+    assert "defect" not in result.err
+
+
+def test_only_a_value_of_the_file_is_said_to_stand_there(
+    run: Run, here: Path, toy_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "repmatch.toml").write_text("limit = 0\n")
+    typed = run("--store", toy_store, "score", "toy", "--limit", 0)
+    assert typed.code == 2
+    assert "repmatch.toml" not in typed.err
+    monkeypatch.setenv("REPMATCH_STORE", str(toy_store))
+    assert run("score", "toy", "--limit", 1, "--epochs", 1).code == 0  # the flag is stronger than what is wrong
+    assert run("info").code == 0  # it has no such option
+
+
+def test_an_option_that_may_be_repeated_takes_one_text_or_a_list(here: Path) -> None:
+    (here / "repmatch.toml").write_text(
+        "[evaluate]\ntest = 'held-out.jsonl'\nstrategy = ['random', 'top']\n[select]\nmix = ['top=1', 'random=2']\n"
+    )
+    found = read_config(cli)
+    assert found["evaluate"] == {"tests": ["held-out.jsonl"], "strategies": ["random", "top"]}
+    context = cli.commands["select"].make_context("select", ["d", "-k", "1"], default_map=found["select"])
+    assert context.params["mix"] == (("top", 1.0), ("random", 2.0))
+
+
+def test_a_group_holds_values_for_its_commands(here: Path) -> None:
+    (here / "repmatch.toml").write_text("seed = 1\n[study]\nseed = 2\nepochs = 3\n[study.batches]\nseed = 4\n")
+    found = read_config(cli)["study"]
+    assert (found["batches"], found["information"]) == ({"seed": 4}, {"seed": 2, "epochs": 3})
+    assert found["layers"] == {}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_no_file_is_an_error(
+    run: Run, here: Path, toy_store: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    file = here / "repmatch.toml"
+    if named:
+        monkeypatch.setenv("REPMATCH_CONFIG", "repmatch.toml")
+    file.mkdir()
+    result = run("--store", toy_store, "info")
+    assert (result.code, "repmatch.toml is a folder; expected a TOML file" in result.err) == (2, True)
+    file.rmdir()
+    file.symlink_to("nowhere")
+    result = run("--store", toy_store, "info")
+    assert (result.code, "repmatch.toml is a link to nothing" in result.err) == (2, True)
+
+
+def test_a_byte_order_mark_is_passed_over_and_another_encoding_named(run: Run, here: Path, toy_store: Path) -> None:
+    text = f"store = '{toy_store}'\n"
+    (here / "repmatch.toml").write_text(text, encoding="utf-8-sig")
+    assert "toy" in run("info").out
+    (here / "repmatch.toml").write_text(text, encoding="utf-16")
+    result = run("info")
+    assert (result.code, "Save it as UTF-8." in result.err) == (2, True)
 
 
 def test_a_named_file_must_be_there(run: Run, here: Path, toy_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

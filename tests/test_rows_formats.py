@@ -113,6 +113,18 @@ def test_arrays_are_the_same_in_pieces_of_any_size(tmp_path_factory: pytest.Temp
             assert [json.loads(row.json) for row in good(path)] == rows
 
 
+def test_json_lines_that_end_in_cr_alone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(LINE.strip() + b"\r" + LINE.strip() + b"\r")
+    with pytest.raises(InputError, match=r"lines end in CR alone.*tr '\\r' '\\n'"):
+        read(path)
+    monkeypatch.setattr(textfiles, "MAX_ROW_BYTES", len(LINE) + 20)  # the whole file is one long row
+    with pytest.raises(InputError, match="lines end in CR alone"):
+        read(path)
+    path.write_bytes(b'{"text": "}\\r{", "label": "x"}')  # an escape in a text is no line end
+    assert [row.text for row in good(path)] == ["}\r{"]
+
+
 def test_one_object_over_several_lines_is_named(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(json.dumps({"rows": [{"text": "t", "label": "l"}]}, indent=2))
     with pytest.raises(InputError, match=r"one JSON object over several lines.*jq -c"):
@@ -258,6 +270,9 @@ def test_corrupt_gzip(tmp_path: Path, damage: str) -> None:
         (b"PK\x03\x04rest", "a zip archive or an Office file"),
         (b"PAR1rest", "Parquet data"),
         ("id,text".encode("utf-16"), "UTF-16 text"),
+        ("id,text".encode("utf-16-le"), "UTF-16LE text without a byte order mark.*iconv -f UTF-16LE -t UTF-8"),
+        ('{"text": "t"}'.encode("utf-16-be"), "UTF-16BE text without a byte order mark.*iconv -f UTF-16BE -t UTF-8"),
+        ('[{"text": "t"}]'.encode("utf-32-le"), "UTF-32LE text without a byte order mark.*iconv -f UTF-32LE"),
     ],
 )
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])

@@ -230,7 +230,9 @@ def test_the_padding_of_a_header_is_checked(tmp_path: Path) -> None:
         store.append("d", space.id, "float32", make_batch(make_rows(i), space))
     for number in (1, 2):  # sealed and not
         flip(tmp_path / "s" / "segments" / f"{number:06d}.bin", 4000)
-    assert ["header of a segment" in str(finding) for finding in store.verify()] == [True, True]
+    findings = [str(finding).replace(str(tmp_path), "") for finding in store.verify()]
+    assert ["header of a segment" in text for text in findings] == [True, True]
+    assert [(text.count("from a backup"), ".." in text) for text in findings] == [(1, False)] * 2
 
 
 def test_flipped_bits_in_the_catalog_are_found_or_harmless(tmp_path: Path) -> None:
@@ -257,7 +259,10 @@ def test_what_is_no_database_is_said_to_be_none(tmp_path: Path) -> None:
     for attempt in (store.datasets, lambda: store.save_space(make_space())):
         with pytest.raises(StoreCorruptError, match="not a valid DuckDB database"):
             attempt()
-    assert "not a valid DuckDB" in str(store.verify()[0])
+    (finding,) = store.verify()
+    assert "not a valid DuckDB" in str(finding)
+    assert str(finding).count("Restore the store from a backup") == 1
+    assert ".." not in str(finding).replace(str(path), "")
     (path / "catalog.duckdb").unlink()
     with duckdb.connect(str(path / "catalog.duckdb")) as conn:
         conn.execute("CREATE TABLE mine (a INTEGER)")

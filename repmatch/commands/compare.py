@@ -88,7 +88,7 @@ def _show(found: AdapterComparison, output: Output) -> None:
         output.table(header, rows)
         output.line("")
         output.line(
-            f"score {found.scores[0, 1]:.4f} over {len(found.layers)} matrices, cosine {found.cosines[0, 1]:.4f}; "
+            f"score {found.scores[0, 1]:.4f} over {len(found.layers)} matrices, {_cosine(found)}; "
             f"unrelated directions of these ranks would score {found.chance:.4f}"
         )
     else:
@@ -99,6 +99,14 @@ def _show(found: AdapterComparison, output: Output) -> None:
         if layers:
             more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
             output.line(f"only in {name}: {', '.join(layers[:3])}{more}")
+
+
+def _cosine(found: AdapterComparison) -> str:
+    """Say the cosine of two adapters, or which of them is zero and has none."""
+    if not math.isnan(found.cosines[0, 1]):
+        return f"cosine {found.cosines[0, 1]:.4f}"
+    zero = [name for i, name in enumerate(found.names) if all(layer.norms[i] == 0 for layer in found.layers)]
+    return f"no cosine, for {' and '.join(zero) or 'one'} {'are' if len(zero) > 1 else 'is'} zero"
 
 
 def _number(value: float) -> float | str:

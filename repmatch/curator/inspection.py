@@ -204,7 +204,8 @@ def _adapters(store: Store, dataset: str, instance: str) -> tuple[str, ...]:
 
 def _runs(store: Store, dataset: str) -> tuple[tuple[int, str, str, str], ...]:
     found = []
-    for row in store.runs().to_dicts():
+    asked = "SELECT run, command, arguments, started, status FROM runs ORDER BY run"
+    for row in store.arrow(asked, plain=True).to_pylist():  # times as text, whatever they are
         if stored_object(row["arguments"], "the record of a run").get("dataset") == dataset:
             found.append((int(row["run"]), str(row["command"]), str(row["started"])[:19], str(row["status"])))
     return tuple(found)

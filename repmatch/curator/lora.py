@@ -112,13 +112,15 @@ def read_lora(path: str | Path) -> Lora:
         The adapter.
 
     Raises:
-        InputError: there is none, it is pickled, of another kind than LoRA, or its tensors don't fit together.
+        InputError: there is none, it is pickled, of another kind than LoRA, its config holds nonsense, or its tensors
+            don't fit together.
     """
     weights = _weights_file(Path(path))
     config = _config(weights.parent / CONFIG)
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise InputError(f"{weights.parent / CONFIG} describes a {kind} adapter; only LoRA adapters can be read.")
+    _check_config(weights.parent / CONFIG, config)
     file = TensorFile(weights)
     pairs, alphas, magnitudes = _pairs(file)
     if not pairs:
@@ -263,6 +265,25 @@ def _config(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse values of a config that would be passed over or taken for others; what is missing has a default."""
+    rank, alpha, root = config.get("r", 1), config.get("lora_alpha", 1), config.get("use_rslora", False)
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
+    for key, value, fits, expected in (
+        ("r", rank, whole, "a whole number from 1"),
+        ("lora_alpha", alpha, _is_alpha(alpha), "a number below 1e9"),
+        ("use_rslora", root, root is None or isinstance(root, bool), "true or false"),
+    ):
+        if not fits:
+            raise InputError(
+                f"{path}: {key!r} is {shorten(repr(value))}; expected {expected}. Write what it was trained with."
+            )
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ALPHA
+
+
 _Pair = dict[str, tuple[str, bool]]  # side "A" or "B" -> tensor's name, whether it is kept transposed
 
 
@@ -305,7 +326,7 @@ def _layer(file: TensorFile, name: str, pair: _Pair, config: Mapping[str, Any], 
     if alpha is None:
         own = file.tensor(alphas[name]).reshape(-1) if name in alphas else np.array([rank], np.float32)
         alpha = float(own[0]) if own.size else None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+    if alpha is None or not _is_alpha(alpha):
         raise InputError(
             f"{file.path}: alpha of {name!r} is {shorten(repr(alpha))}; expected a number. Repair its config."
         )
@@ -346,6 +367,10 @@ def _pattern(patterns: Any, name: str, default: Any) -> Any:
                 f"alpha_pattern of {CONFIG} has the key {shorten(repr(key))}, which is no simple pattern ({error}); "
                 "expected endings of names, or regular expressions with at most two repetitions. Write them out."
             ) from error
+        if found and value is None:
+            raise InputError(
+                f"alpha_pattern of {CONFIG} has null for {shorten(repr(key))}; expected a number. Repair it."
+            )
         if found:
             return value
     return default

@@ -236,6 +236,13 @@ def _read_text(kind: str, stream: BinaryIO) -> Records:
     for magic, what, remedy in _FOREIGN:
         if head.startswith(magic):
             raise InputError(f"the file holds {what}; expected text in UTF-8. To read it, {remedy}.")
+    if head[:2].count(0) == 1:  # neither JSON nor a header begins like this in UTF-8
+        width = 32 if head[:4].count(0) == 3 else 16
+        encoding = f"UTF-{width}{'BE' if head[0] == 0 else 'LE'}"
+        raise InputError(
+            f"the file holds {encoding} text without a byte order mark; expected text in UTF-8. To read it, convert it "
+            f"with iconv -f {encoding} -t UTF-8."
+        )
     kind = kind or _kind_of(head)
     if kind == "csv":
         return read_csv(stream, ",")

@@ -19,6 +19,7 @@ _FIELD_CHARS = 1 << 20
 _PIECE = 1 << 20
 _WHITE = b" \t\r\n"
 _BREAK = re.compile(r"[ \t\r\n]*[\r\n][ \t\r\n]*")
+_CR_ALONE = re.compile(rb"\}[ \t]*\r\s*\{")
 _NOT_WHITE = re.compile(r"[^ \t\r\n]")
 # Finds where an element ends, and nothing else: it takes whatever `parse` refuses by name, so that one bad element
 # doesn't end the array.
@@ -40,11 +41,18 @@ def read_jsonl(stream: BinaryIO) -> Records:
 
     Yields:
         A record a line, its JSON exactly as it came.
+
+    Raises:
+        InputError: it is one object over several lines, or its lines end in CR alone.
     """
     readline = stream.readline
     number = 0
     while raw := readline(MAX_ROW_BYTES + 1):
         number += 1
+        if number == 1 and not raw.endswith(b"\n") and _CR_ALONE.search(raw):
+            raise InputError(
+                "its lines end in CR alone; expected LF, or CR and LF. Convert it, for instance with: tr '\\r' '\\n'"
+            )
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             del raw
             while (rest := readline(_PIECE)) and not rest.endswith(b"\n"):

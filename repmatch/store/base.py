@@ -16,6 +16,7 @@ from repmatch.store.lock import WriterLock
 from repmatch.store.meta import read_meta
 from repmatch.store.recovery import recover
 from repmatch.store.turn import NAME as TURN
+from repmatch.store.values import beyond, holdable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -181,10 +182,15 @@ def frame(conn: Any, query: str, parameters: list[Any] | None = None) -> pl.Data
         parameters: values of its `?`.
 
     Returns:
-        The rows.
+        The rows; where one has a time beyond the years 1 to 9999, times are DuckDB's text.
     """
     import polars as pl
 
-    table = conn.sql(query, params=parameters) if parameters else conn.sql(query)
-    out = pl.from_arrow(table.to_arrow_table())
+    def run() -> Any:
+        return conn.sql(query, params=parameters) if parameters else conn.sql(query)
+
+    table = run().to_arrow_table()
+    if beyond(table):
+        table = holdable(run(), plain=True).to_arrow_table()
+    out = pl.from_arrow(table)
     return out if isinstance(out, pl.DataFrame) else out.to_frame()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,6 +45,7 @@ TABLES = [
 ]
 
 _REMEDY = "Restore it from a backup, or run: repmatch repair, then the ingest again."
+_REMEDY_OF_AN_ERROR = re.compile(r"\s*Restore (it|the file|the store) from a backup\.$")
 _REFERENCES = {
     "an instance of no dataset": "instances WHERE dataset_pk NOT IN (SELECT pk FROM registry.datasets)",
     "a factor of no instance": "factors WHERE instance_pk NOT IN (SELECT pk FROM registry.instances)",
@@ -161,7 +163,7 @@ class Health(Runs):
             if isinstance(problem, StoreVersionError):
                 raise problem from error  # of another version, not damaged
             remedy = "Restore the store from a backup, or rebuild what its segments hold with: repmatch repair."
-            return [Finding(str(self._catalog.path), str(problem), remedy)]
+            return [Finding(str(self._catalog.path), _problem(problem), remedy)]
         live = self._live_rows()
         for record in segments:
             file = SegmentFile(self.path / "segments", record.pk, record.row_bytes)
@@ -213,6 +215,11 @@ def folder_bytes(path: Path) -> int:
         Their sum.
     """
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def _problem(error: Exception) -> str:
+    """Return what an error says is wrong, without stop and remedy: a finding adds both."""
+    return _REMEDY_OF_AN_ERROR.sub("", str(error)).rstrip().removesuffix(".")
 
 
 def _table_bytes(conn: Any) -> dict[str, int]:
@@ -274,7 +281,7 @@ def _check_segment(
             raise StoreCorruptError(f"the header is that of another segment ({header.number})")
     except (StoreCorruptError, OSError) as error:
         sound = False
-        yield Finding(str(file.path), str(error), _REMEDY)
+        yield Finding(str(file.path), _problem(error), _REMEDY)
     at = 0
     for number, start, count, _, _ in batches:
         if start != at:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from repmatch.store.database import first
 from repmatch.store.datasets import Datasets
 from repmatch.store.filters import check_expression, column_sql, rows_view, visible_columns
 from repmatch.store.records import ROW_COLUMNS, encodable
+from repmatch.store.values import beyond, distinct_names, holdable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -130,29 +131,44 @@ class Instances(Datasets):
             parameters: values for the question marks in it.
 
         Returns:
-            The result.
+            The result. Repeated names of columns are told apart as `id`, `id_1`, `id_2`; types that polars does not
+            have (intervals, unions, times with a zone, bits, numbers beyond 128 bits) are DuckDB's text.
 
         Raises:
-            UsageError: it is not one SELECT, or DuckDB refuses it.
+            UsageError: it is not one SELECT, or DuckDB refuses it, or a value has no place in its column's type:
+                `infinity`, a year beyond 1 to 9999, 24:00:00, an integer of more than 38 digits.
         """
         import polars as pl
 
-        out = pl.from_arrow(self.arrow(query, parameters))
+        table = self._query(query, parameters, holdable)
+        wrong = beyond(table)
+        if wrong:
+            raise UsageError(
+                f"{wrong}, which polars cannot give to Python. Ask for the column as text, with ::VARCHAR, or for all "
+                "with Store.arrow or `repmatch sql`."
+            )
+        out = pl.from_arrow(table)
         return out if isinstance(out, pl.DataFrame) else out.to_frame()
 
-    def arrow(self, query: str, parameters: Sequence[object] = ()) -> Any:
+    def arrow(self, query: str, parameters: Sequence[object] = (), *, plain: bool = False) -> Any:
         """Run a query as `sql` does.
 
         Args:
             query: one SELECT over the documented views.
             parameters: values for the question marks in it.
+            plain: give numbers, truth values and texts, and lists, structs and maps of these: all else, times and bytes
+                for instance, as DuckDB's text; keys of maps are texts.
 
         Returns:
-            The result as a `pyarrow.Table`.
+            The result as a `pyarrow.Table`. Repeated names of columns are told apart as `id`, `id_1`, `id_2`.
 
         Raises:
             UsageError: it is not one SELECT, or DuckDB refuses it.
         """
+        return self._query(query, parameters, (lambda found: holdable(found, plain=True)) if plain else None)
+
+    def _query(self, query: str, parameters: Sequence[object], shape: Callable[[Any], Any] | None) -> Any:
+        """Run one SELECT of the user's as `shape` makes it of a relation, and tell its columns apart."""
         import duckdb
 
         self._ready()
@@ -161,7 +177,9 @@ class Instances(Datasets):
                 statements = conn.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise UsageError("the store takes one SELECT at a time, and nothing that writes.")
-                return conn.sql(query, params=list(parameters) or None).to_arrow_table()
+                found = conn.sql(query, params=list(parameters) or None)
+                table = (shape(found) if shape is not None else found).to_arrow_table()
+                return table.rename_columns(distinct_names(table.column_names))
             except duckdb.Error as error:
                 raise UsageError(f"the query cannot be run: {error}") from error
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from repmatch.errors import StoreCorruptError
 from repmatch.store.coresets import Coresets
 from repmatch.store.records import next_key
+from repmatch.store.values import beyond
 
 if TYPE_CHECKING:
     import polars as pl
@@ -73,8 +75,23 @@ class Runs(Coresets):
                 )
 
     def runs(self) -> pl.DataFrame:
-        """Return every run: run, command, arguments, started, ended, status, version, detail."""
-        return self._frame("SELECT * FROM main.runs ORDER BY run")
+        """Return every run: run, command, arguments, started, ended, status, version, detail.
+
+        Raises:
+            StoreCorruptError: one began or ended at a time that is none, `infinity` for instance.
+        """
+        import polars as pl
+
+        found = self._frame("SELECT * FROM main.runs ORDER BY run")
+        for name in ("started", "ended"):
+            if found[name].dtype == pl.String:
+                wrong = beyond(self.arrow(f"SELECT {name} FROM runs"))
+                if wrong:
+                    raise StoreCorruptError(
+                        f"the record of a run cannot be right: {wrong}, and a time has a year from 1 to 9999. See it "
+                        'with: repmatch sql "SELECT run, started, ended FROM runs". Restore the store from a backup.'
+                    )
+        return found
 
 
 def _json(value: Mapping[str, Any]) -> str:

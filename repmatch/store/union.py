@@ -258,7 +258,7 @@ def _clashes(stores: Sequence[Union]) -> list[tuple[str, str]]:
 
 def _parts_of(store: Union) -> Iterator[_Part]:
     """Yield the shards that a store's finished runs computed or took in."""
-    runs = store.runs().select("command", "status", "arguments", "detail")
+    runs = store.sql("SELECT command, status, arguments, detail FROM runs ORDER BY run")
     for command, status, arguments, detail in runs.iter_rows():
         if status != "ok":
             continue
