@@ -65,6 +65,12 @@ def test_an_adapter_is_not_written_into_a_store(run: Run, own: Path) -> None:
     assert contents(own / "s" / "adapters") == before
 
 
+def test_the_demo_is_not_run_in_a_store(run: Run, own: Path) -> None:
+    result = run("demo", "--dir", "s/segments/demo")
+    assert (result.code, "lies in the store" in result.err) == (2, True)
+    assert not (own / "s" / "segments" / "demo").exists()
+
+
 def test_a_lost_catalog_leaves_a_store(own: Path) -> None:
     (own / "s" / "catalog.duckdb").unlink()
     with repmatch.open(own / "s") as store, pytest.raises(UsageError, match="lies in the store"):
