@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn
@@ -35,9 +37,16 @@ from repmatch.commands.suspects import suspects
 from repmatch.commands.verify import verify
 from repmatch.config import origin, read_config
 from repmatch.context import DEFAULT_STORE, Context, examples
-from repmatch.errors import RepMatchError
-from repmatch.output import Output
+from repmatch.errors import RepMatchError, UsageError
+from repmatch.output import Output, shorten
 
+_NO_DEFECTS = {
+    errno.ENAMETOOLONG: "the path {} is too long for this system, which takes 255 bytes between two '/'; choose a "
+    "shorter one.",
+    errno.ENOSPC: "{} cannot be written: the disk is full; make room and run the command again.",
+    errno.EDQUOT: "{} cannot be written: the quota is used up; make room and run the command again.",
+    errno.EFBIG: "{} cannot be written: a file may not be as large here; see ulimit -f.",
+}
 DETAILED = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 
 
@@ -86,10 +95,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments: in place of the process's own.
     """
     debug = os.environ.get("REPMATCH_DEBUG") == "1"
+    _occupy_closed()
     err = Output()
     try:
+        _check_text(sys.argv[1:] if arguments is None else arguments, os.environ)
         code = cli.main(args=arguments, prog_name="repmatch", standalone_mode=False, default_map=read_config(cli))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.ClickException as error:
         shown = StringIO()
         error.show(file=shown)  # with values of a configuration file in it
@@ -105,13 +117,70 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = error.exit_code
     except BrokenPipeError:
         # The reader left (| head): not our failure, but what was not written cannot be called written either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 1
     except BaseException as error:  # a panic of polars is no Exception
         if debug or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
+        code = _report(error, err)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException, err: Output) -> int:
+    """Say what went wrong where no error of ours says it, and return the exit code."""
+    code = 1
+    if isinstance(error, OSError) and error.errno in _NO_DEFECTS:
+        err.error(_NO_DEFECTS[error.errno].format(shorten(str(error.filename or "the output"), 80)))
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
+    else:
         err.error(
             f"{type(error).__name__}: {error}\nThis is a defect of repmatch; set REPMATCH_DEBUG=1 for the traceback."
         )
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    return code
+
+
+def _occupy_closed() -> None:
+    """Open the null device where a standard stream is closed, so that no file gets its number and its output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _drop_output() -> None:
+    """Let go of output that cannot be written, or the interpreter would try it again as it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_text(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuse what is no text before it reaches a library that cannot take it.
+
+    Args:
+        words: of the command line.
+        environment: the variables.
+
+    Raises:
+        UsageError: an argument or a variable of repmatch's is not UTF-8.
+    """
+    given = [(f"argument {at}", word) for at, word in enumerate(words, start=1)]
+    for at in range(1, len(words)):
+        if words[at - 1].startswith("-") and "=" not in words[at - 1]:
+            given[at] = f"{given[at][0]} after {words[at - 1]}", words[at]
+    given += [(f"the variable {name}", value) for name, value in environment.items() if name.startswith("REPMATCH_")]
+    for name, value in given:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            text = shorten(value[max(0, error.start - 20) :]).encode("utf-8", "backslashreplace").decode()
+            shown = text.replace("\\udc", "\\x")  # the bytes that Python keeps so
+            raise UsageError(
+                f"{name} is not UTF-8 at character {error.start + 1}: '{shown}'. Convert the text, or give the file "
+                "another name."
+            ) from None

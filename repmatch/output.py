@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from repmatch.errors import RepMatchError
 from repmatch.printable import printable as printable
 from repmatch.printable import shorten as shorten
 
@@ -33,8 +34,8 @@ class Output:
     ) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._out = sys.stdout if out is None else out
-        self._err = sys.stderr if err is None else err
+        self._out: TextIO | None = sys.stdout if out is None else out  # None where the stream is closed
+        self._err: TextIO | None = sys.stderr if err is None else err
         self._bar: tqdm[Any] | None = None
         self._stage = ""
 
@@ -43,7 +44,15 @@ class Output:
         self.raw("\n".join(printable(line) for line in text.split("\n")))
 
     def raw(self, text: str) -> None:
-        """Write one line of data for a program to read: as it is; on a terminal, what would command it is escaped."""
+        """Write one line of data for a program to read: as it is; on a terminal, what would command it is escaped.
+
+        Raises:
+            RepMatchError: standard output is closed.
+        """
+        if self._out is None:
+            raise RepMatchError(
+                "standard output is closed, and there is something to write to it; redirect it to a file or /dev/null."
+            )
         if self._out.isatty():
             text = _COMMANDS.sub(_escape, text)
         self._out.write(text + "\n")
@@ -91,6 +100,8 @@ class Output:
 
     def _say(self, text: str) -> None:
         self.close()
+        if self._err is None:  # closed by the caller, who wants to hear nothing
+            return
         self._err.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
         self._err.flush()
 
@@ -102,7 +113,7 @@ class Output:
             done: how much is done.
             total: of how much, where that is known.
         """
-        if self.quiet:
+        if self.quiet or self._err is None:
             return
         if self._bar is None or stage != self._stage:
             self.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,79 @@ def test_it_does_not_run_by_path() -> None:
     done = subprocess.run([sys.executable, str(main)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "python -m repmatch" in done.stderr
+
+
+NO_TEXT = "caf\udce9"
+NOT_UTF8 = [
+    (("nearest", "toy", "--text", NO_TEXT), "argument 6 after --text"),
+    (("report", f"--title={NO_TEXT}"), "argument 4"),
+    (("export", "toy", "-o", f"{NO_TEXT}.jsonl"), "argument 6 after -o"),
+    (("merge", NO_TEXT, "x"), "argument 4"),
+    (("--store", NO_TEXT, "info"), "argument 4 after --store"),
+    ((NO_TEXT,), "argument 3"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), NOT_UTF8)
+def test_arguments_that_are_not_utf8_are_named(
+    run: Run, toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = run("--store", toy_store, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert re.search(rf"^error: {named} is not UTF-8 at character \d+: '.*caf\\xe9", result.err), result.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_variables_that_are_not_utf8_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPMATCH_STORE", NO_TEXT)
+    result = run("info")
+    assert (result.code, "the variable REPMATCH_STORE is not UTF-8" in result.err) == (2, True)
+
+
+def test_paths_that_are_too_long_are_named(run: Run, toy_store: Path, tmp_path: Path) -> None:
+    long = "x" * 300
+    for arguments in (
+        ("--store", long, "info"),
+        ("--store", long, "ingest", "a.jsonl", "--dataset", "d"),
+        ("--store", toy_store, "merge", tmp_path / long, toy_store),
+        ("--store", toy_store, "export", "toy", "-o", tmp_path / long),
+        ("--store", toy_store, "adapter", "export", "toy", "-o", tmp_path / long),
+        ("demo", "--dir", tmp_path / long),
+    ):
+        result = run(*arguments)
+        assert (result.code, "xxx" in result.err, "too long" in result.err) == (2, True, True), result.err
+        assert "defect" not in result.err
+
+
+CLOSED = [
+    ("info --json >&-", 1, "standard output is closed"),
+    ("export toy -o out.jsonl >&-", 0, "60 rows in out.jsonl"),
+    ("info 2>&-", 0, ""),
+    ("nope 2>&-", 2, ""),
+    ("ingest - --dataset d <&-", 2, "standard input, which is closed"),
+    ("info >/dev/full", 1, "the output cannot be written: the disk is full"),
+    ("verify >&- 2>&- <&-", 1, ""),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "message"), CLOSED)
+def test_closed_streams_are_no_defects(toy_store: Path, tmp_path: Path, line: str, code: int, message: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m repmatch --store {shlex.quote(str(toy_store))} {line}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "defect" not in done.stderr and "Exception" not in done.stderr
+    with repmatch.open(toy_store, mode="r") as store:
+        assert len(store.ids("toy")) == 60
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    script = (
+        "import os\nfrom repmatch.cli import main\n"
+        "try:\n    main(['--version'])\nexcept SystemExit:\n    pass\n"
+        "print(os.open('x', os.O_CREAT), file=open('number', 'w'))"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} >&- 2>&- <&-"
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    assert int((tmp_path / "number").read_text()) > 2

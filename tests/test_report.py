@@ -333,6 +333,63 @@ def test_a_report_that_cannot_be_made(
     assert (result.code, message in result.err) == (code, True)
 
 
+@pytest.fixture
+def unfinished(toy_store: Path, toy_file: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with the dataset "toy", and the rows of "new", whose ingest has not come to the first factor."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with repmatch.open(toy_store) as store, monkeypatch.context() as patched:
+        patched.setattr("repmatch.curator.work.Work.compute", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            repmatch.Curator(store, str(tiny_model)).ingest(toy_file, "new")
+        assert store.dataset("new").space_id is not None
+    return toy_store
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_on_a_dataset_without_factors_says_what_to_run(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    for names in (("new",), ("toy", "new")):
+        result = run("--store", unfinished, "report", *names, "-o", tmp_path / "r.html")
+        assert (result.code, "repmatch ingest FILE --dataset new" in result.err) == (1, True), result.err
+        assert "defect" not in result.err
+    assert not (tmp_path / "r.html").exists()
+    with repmatch.open(unfinished) as store:
+        store.delete_dataset("toy")
+    result = run("--store", unfinished, "report", "-o", tmp_path / "r.html")
+    assert (result.code, "there is no dataset with factors" in result.err) == (1, True), result.err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_on_all_leaves_out_what_has_no_factors(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    asked = ("--store", unfinished, "report", "-o", tmp_path / "r.html", "--layout", "pca", "--json")
+    (found,) = run(*asked).objects
+    assert (found["datasets"], found["points"]) == (["toy"], 60)
+    assert data_of(tmp_path / "r.html")["title"] == "repmatch: toy"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_report_on_few_instances(run: Run, toy_store: Path, tmp_path: Path, count: int) -> None:
+    with repmatch.open(toy_store) as store:
+        store.delete("toy", ids=store.ids("toy")[count:])
+    (found,) = run("--store", toy_store, "report", "-o", tmp_path / "r.html", "--json").objects
+    assert found["points"] == count
+
+
+def test_a_report_does_not_say_in_which_folder_an_ingest_ran(
+    run: Run, toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret-folder").mkdir()
+    monkeypatch.chdir(tmp_path / "secret-folder")
+    write_rows(Path("more.jsonl"), toy_rows(62))
+    assert run("--store", toy_store, "ingest", "more.jsonl", "--dataset", "toy").code == 0
+    run("--store", toy_store, "report", "-o", tmp_path / "r.html", "--layout", "pca")
+    assert data_of(tmp_path / "r.html")["runs"][0]["arguments"]["sources"] == ["more.jsonl"]
+    assert "secret-folder" not in (tmp_path / "r.html").read_text()
+
+
 def test_a_report_without_the_plotting_library_says_what_to_install(
     run: Run, toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,3 +405,9 @@ def test_a_report_without_the_plotting_library_says_what_to_install(
 def test_the_title_is_a_text() -> None:
     written = page({"title": EVIL[0], "sections": []})
     assert "<title>&lt;/script&gt;" in written
+
+
+def test_half_a_character_in_a_title_is_shown_as_a_question(toy_store: Path, tmp_path: Path) -> None:
+    with repmatch.open(toy_store) as store:
+        repmatch.Curator(store).report(tmp_path / "r.html", "toy", title="a\udcff", layout="pca")
+    assert "<title>a?</title>" in (tmp_path / "r.html").read_text()

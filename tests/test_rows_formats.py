@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -335,3 +336,35 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINE + b"bad\n")))
     rows = read("-")
     assert [(type(row), row.source, row.line) for row in rows] == [(Row, "-", 1), (BadRow, "-", 2)]
+
+
+def test_links_that_lead_nowhere_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to("round.jsonl")
+    (tmp_path / "round.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(UsageError, match=r"loop\.jsonl' is a link to 'round\.jsonl' and leads round in a circle"):
+        open_rows([str(tmp_path / "loop.jsonl")], FieldChoice())
+    with pytest.raises(UsageError, match=r"gone\.jsonl' is a link to .* and leads to nothing that exists"):
+        open_rows([str(tmp_path / "gone.jsonl")], FieldChoice())
+
+
+def test_a_link_to_rows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(LINE * 2)
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    assert len(good(tmp_path / "link.jsonl")) == 2
+
+
+def test_a_device_is_refused_and_standard_input_is_none(tmp_path: Path) -> None:
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for path in (tmp_path / "zero.jsonl", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="is a device, which may never end"):
+            open_rows([str(path)], FieldChoice())
+    code = (
+        "from repmatch.curator.rows import FieldChoice, open_rows\n"
+        "print([len(chunk) for chunk in open_rows(['/dev/stdin'], FieldChoice())])"
+    )
+    (tmp_path / "in.jsonl").write_bytes(LINE * 3)
+    with (tmp_path / "in.jsonl").open("rb") as file, Path("/dev/null").open("rb") as null:
+        for given, read in (({"input": LINE * 3}, "[3]"), ({"stdin": file}, "[3]"), ({"stdin": null}, "[]")):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, **given)  # type: ignore[call-overload]
+            assert done.stdout.decode().strip() == read

@@ -30,6 +30,7 @@ from repmatch.context import Context, device_option, examples, json_option, mode
     help="Adapt this many of the last layers; those below run once a row, which is faster.  [default: all]",
 )
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves: .png, .svg.")
+@click.option("--force", is_flag=True, help="Let --plot replace a file that is no earlier plot too.")
 @model_option
 @device_option
 @wait_option
@@ -42,7 +43,7 @@ from repmatch.context import Context, device_option, examples, json_option, mode
     """
 )
 def evaluate(
-    context: Context, /, dataset: str, sizes: str, picture: Path | None, as_json: bool, wait: float, **given: Any
+    context: Context, /, dataset: str, picture: Path | None, force: bool, as_json: bool, wait: float, **given: Any
 ) -> None:
     """Train on selections of DATASET and test them on held-out rows: does the choice beat chance?
 
@@ -64,25 +65,25 @@ def evaluate(
     options = EvaluateOptions(
         candidates=given.pop("strategies") or ("facility-location",),
         coresets=given.pop("coresets"),
-        sizes=tuple(part.strip() for part in sizes.split(",") if part.strip()),
+        sizes=tuple(part.strip() for part in given.pop("sizes").split(",") if part.strip()),
         seeds=given.pop("seeds"),
         recipe=recipe_of(steps=given.pop("steps"), layers=given.pop("layers")),
     )
     tests = given.pop("tests")
     if picture is not None:
-        from repmatch.curator.evaluate.plot import check_plot
+        from repmatch.curator.evaluate.plot import check_plot, plot
 
-        check_plot(picture)
+        check_plot(picture, force=force)
     with context.open(as_json=as_json, wait=wait) as store:
+        if picture is not None:
+            check_plot(picture, store, force=force)
         found = run(context.curator(store, **given), dataset, tests, options)
     output = context.output
     output.close()
     for note in found.notes:
         output.warn(note)
     if picture is not None:
-        from repmatch.curator.evaluate.plot import plot
-
-        plot(found, picture)
+        plot(found, picture, force=force)
         output.hint(f"curves in {picture}")
     if as_json:
         for line in found.lines:

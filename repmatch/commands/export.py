@@ -18,6 +18,7 @@ from repmatch.errors import UsageError
 )
 @click.option("--with-scores", is_flag=True, help='Add one object, "repmatch", with rank, gain and score to each row.')
 @click.option("--card", is_flag=True, help="Write a dataset card, README.md, beside the file too.")
+@click.option("--force", is_flag=True, help="Replace a file that is no earlier export too.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be written; write nothing.")
 @pass_context
 @examples(
@@ -27,23 +28,24 @@ from repmatch.errors import UsageError
     repmatch export core -o release/core.jsonl --card --dry-run
     """
 )
-def export(context: Context, /, name: str, path: Path | None, with_scores: bool, card: bool, dry_run: bool) -> None:
+def export(context: Context, /, name: str, path: Path | None, with_scores: bool, **given: bool) -> None:
     """Write the user's rows of a coreset (best pick first) or a dataset as JSON lines.
 
     Each row has every column as it came. With -o a manifest is written beside the file: arguments, model fingerprint,
-    seeds, versions, digests.
+    seeds, versions, digests. An earlier export is replaced, another file only with --force; the store's own files,
+    those that rows were read from, and a README.md that is no card never are.
     """
     from repmatch.curator.export import export_lines, write_export
 
-    if (card or dry_run) and (path is None or str(path) == "-"):
-        raise UsageError("--card and --dry-run go with a file: name it with -o.")
+    if any(given.values()) and (path is None or str(path) == "-"):
+        raise UsageError("--card, --force and --dry-run go with a file: name it with -o.")
     with context.open() as store:
         if path is None or str(path) == "-":
             for line in export_lines(store, name, with_scores=with_scores):
                 context.output.raw(line)
             return
-        manifest = write_export(store, name, path, with_scores=with_scores, card=card, dry_run=dry_run)
-    if dry_run:
+        manifest = write_export(store, name, path, with_scores=with_scores, **given)
+    if given["dry_run"]:
         context.output.hint(f"{manifest['file']['rows']} rows would be written to {path}; nothing was")
         return
     context.output.hint(f"{manifest['file']['rows']} rows in {path}, manifest in {path}.manifest.json")

@@ -32,6 +32,7 @@ from repmatch.context import Context, examples, json_option, pass_context
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample and the layout.")
 @click.option("--title", help="Of the page.  [default: made from the datasets]")
+@click.option("--force", is_flag=True, help="Replace a file that is no earlier report too.")
 @json_option
 @pass_context
 @examples(
@@ -40,18 +41,21 @@ from repmatch.context import Context, examples, json_option, pass_context
     repmatch report --points 5000 --layout pca
     """
 )
-def report(context: Context, /, datasets: tuple[str, ...], path: Path, as_json: bool, **given: Any) -> None:
+def report(
+    context: Context, /, datasets: tuple[str, ...], path: Path, force: bool, as_json: bool, **given: Any
+) -> None:
     """Write one HTML file that shows datasets, scores and coresets, and opens offline in any browser.
 
     A map of the instances with their texts, nearest instances and picks; similarities of datasets, subsets and labels;
     the layers; scores by label; coresets; training; the manifest. It shows what the store holds and trains nothing:
-    score, compare and select first. Without DATASET, all of the store.
+    score, compare and select first. Without DATASET, all of the store. An earlier report is replaced, another file only
+    with --force; the store's own files and those that rows were read from never are.
     """
     from repmatch.curator.report.gather import ReportOptions
     from repmatch.curator.report.page import write_report
 
     with context.open(as_json=as_json) as store:
-        found = write_report(store, path, ReportOptions(datasets, **given), context.output.progress)
+        found = write_report(store, path, ReportOptions(datasets, **given), context.output.progress, force=force)
     output = context.output
     output.close()
     if as_json:

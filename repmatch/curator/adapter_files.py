@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from repmatch.curator.card import prose
+from repmatch.curator.destination import check_outside
 from repmatch.curator.export import versions
 from repmatch.curator.lora import WEIGHTS, Lora, as_adapter, is_path, of_adapter, read_lora
 from repmatch.datamodels import Adapter, Space
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 RECORD = "repmatch.json"
+_WRITTEN = {RECORD, WEIGHTS, "adapter_config.json", "README.md"}
 _EMBEDDED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -61,20 +63,21 @@ def export_adapter(trainer: Trainer, name: str, folder: Path, *, replace: bool =
         trainer: gives the adapter.
         name: a dataset, subset, coreset or DATASET[SQL].
         folder: the folder to write; it appears whole or not at all.
-        replace: whether an existing folder may be replaced, which must hold an adapter and nothing else of value.
+        replace: whether an existing folder may be replaced, which must hold an exported adapter and nothing else.
 
     Returns:
         What was written.
 
     Raises:
-        UsageError: the folder is there already, its parent is not, or the adapter was imported.
+        UsageError: the folder is there already, its parent is not, it lies in a store, or the adapter was imported.
         RepMatchError: it cannot be written.
     """
     if _imported_of(trainer.store, name) is not None:
         raise UsageError(f"{name!r} was imported and has no head to go with it; use the checkpoint that it came from.")
     if folder.exists() and not (replace and _is_ours(folder)):
-        more = "" if not replace else " and was not written by this command"
+        more = "" if not replace else " and does not hold what this command writes and nothing else"
         raise UsageError(f"{folder} is there already{more}; name another folder with -o.")
+    check_outside(folder, trainer.store)
     if not folder.parent.is_dir():
         raise UsageError(f"there is no folder {folder.parent}; make it first: mkdir -p {folder.parent}")
     dataset = trainer.store.resolve(name).dataset
@@ -88,14 +91,18 @@ def export_adapter(trainer: Trainer, name: str, folder: Path, *, replace: bool =
             shutil.rmtree(folder)
         os.rename(part, folder)  # noqa: PTH104 -- Path.rename would do the same
     except OSError as error:
-        raise RepMatchError(f"{folder} cannot be written: {error.strerror}; choose another place with -o.") from error
+        raise RepMatchError(
+            f"{folder} cannot be written: {error.strerror or error}; choose another place with -o."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return ExportedAdapter(folder, hub_name(space), labels, written, (folder / WEIGHTS).stat().st_size)
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and (folder / RECORD).is_file() and (folder / WEIGHTS).is_file()
+    if folder.is_symlink() or not ((folder / RECORD).is_file() and (folder / WEIGHTS).is_file()):
+        return False
+    return {entry.name for entry in folder.iterdir()} <= _WRITTEN
 
 
 def hub_name(space: Space) -> str:

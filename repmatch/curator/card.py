@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repmatch.curator.destination import check_destination
 from repmatch.errors import UsageError
 from repmatch.printable import printable
 
@@ -18,17 +19,19 @@ _MARKUP = re.compile(r"([\\\[\]*_#~!])")
 MARK = "<!-- written by repmatch export --card -->"
 
 
-def check_card(path: Path) -> None:
+def check_card(path: Path, store: Store | None = None) -> None:
     """Refuse to write over a README.md that somebody else wrote.
 
     Args:
         path: the card.
+        store: the store, whose files and sources are refused too.
 
     Raises:
-        UsageError: it is there and was not written by this command.
+        UsageError: it is there and was not written by this command, or `check_destination` refuses it.
     """
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(f"{path} is there already and is no card of repmatch; export into a folder of its own.")
+    check_destination(path, store, ours=lambda _: True)
 
 
 def composition_of(store: Store, name: str) -> dict[str, tuple[int, int]]:

@@ -272,13 +272,15 @@ class Curator:
         """Return a coreset's or dataset's rows as a `datasets.Dataset`; see `repmatch.curator.frames.dataset_of`."""
         return dataset_of(self.store, name, with_scores=with_scores)
 
-    def report(self, path: str | Path, *datasets: str, **options: Any) -> dict[str, Any]:
-        """Write a report; `options` are fields of `repmatch.curator.report.gather.ReportOptions`."""
+    def report(self, path: str | Path, *datasets: str, force: bool = False, **options: Any) -> dict[str, Any]:
+        """Write a report; see `repmatch.curator.report.page.write_report`; `options` are fields of `ReportOptions`."""
         from repmatch.curator.report.gather import ReportOptions
         from repmatch.curator.report.page import write_report
 
-        return write_report(self.store, Path(path), ReportOptions(datasets, **options), self.progress)
+        return write_report(self.store, Path(path), ReportOptions(datasets, **options), self.progress, force=force)
 
-    def export(self, name: str, path: str | Path, *, with_scores: bool = False, card: bool = False) -> dict[str, Any]:
+    def export(
+        self, name: str, path: str | Path, *, with_scores: bool = False, card: bool = False, force: bool = False
+    ) -> dict[str, Any]:
         """Write a coreset's or dataset's rows and a manifest; see `repmatch.curator.export.write_export`."""
-        return write_export(self.store, name, Path(path), with_scores=with_scores, card=card)
+        return write_export(self.store, name, Path(path), with_scores=with_scores, card=card, force=force)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repmatch.curator.curator import Curator
+from repmatch.curator.destination import check_outside
 from repmatch.curator.docstrings import gather, split, write_jsonl
 from repmatch.curator.settings import Settings
 from repmatch.datamodels import Row
@@ -38,8 +39,10 @@ def run(folder: Path, output: Output, *, device: str = "auto") -> None:
 
     Raises:
         StoreError: the folder holds something else.
+        UsageError: it lies in a store.
     """
     began = time.monotonic()
+    check_outside(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "docstrings.jsonl").exists():
         raise StoreError(f"{folder} is not empty and was not made by the demo; name another folder with --dir.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +16,7 @@ import numpy as np
 
 from repmatch import __version__
 from repmatch.curator.card import card_text, check_card, composition_of
+from repmatch.curator.destination import check_destination, whole_file
 from repmatch.datamodels import Coreset
 from repmatch.errors import InputError, RepMatchError, UsageError
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 EXTRA = "repmatch"
+FORMAT = "repmatch-manifest-1"
 _PACKAGES = ("duckdb", "numpy", "numba", "peft", "polars", "torch", "transformers")
 
 
@@ -80,9 +80,18 @@ def _extras(store: Store, name: str, dataset: str) -> dict[str, dict[str, Any]]:
 
 
 def write_export(
-    store: Store, name: str, path: Path, *, with_scores: bool = False, card: bool = False, dry_run: bool = False
+    store: Store,
+    name: str,
+    path: Path,
+    *,
+    with_scores: bool = False,
+    card: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write an export and its manifest; the file appears whole or not at all.
+
+    An earlier export, which the manifest beside it tells by its digest, is replaced.
 
     Args:
         store: the store.
@@ -91,22 +100,24 @@ def write_export(
         with_scores: as in `export_lines`.
         card: write a dataset card, README.md, beside the file.
         dry_run: check everything and write nothing.
+        force: replace a file that is no earlier export too; never one of a store, nor one that rows were read from.
 
     Returns:
         The manifest.
 
     Raises:
-        UsageError: the folder does not exist, the path is a folder, or there is a README.md that is no card of ours.
+        UsageError: the folder does not exist, the path is a folder, it lies in a store, rows were read from it, there
+            is a file of somebody else's, or a README.md that is no card of ours.
         RepMatchError: the file cannot be written.
     """
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; expected the name of a file to write.")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
-    sha, rows = hashlib.sha256(), 0
-    readme = path.with_name("README.md")
+    check_destination(path, store, ours=is_export, force=force)
+    beside, readme = _manifest_of(path), path.with_name("README.md")
+    check_destination(beside, store, ours=lambda found: _described(found) is not None, force=force)
     if card:
-        check_card(readme)
+        if path.name == readme.name:
+            raise UsageError(f"{path} is where the card goes; name another file with -o.")
+        check_card(readme, store)
+    sha, rows = hashlib.sha256(), 0
     lines = export_lines(store, name, with_scores=with_scores)
     if dry_run:
         found = manifest(store, name, with_scores=with_scores)
@@ -121,7 +132,7 @@ def write_export(
                 rows += 1
         found = manifest(store, name, with_scores=with_scores)
         found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
-        with whole_file(path.with_name(path.name + ".manifest.json")) as write:
+        with whole_file(beside) as write:
             write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
         if card:
             with whole_file(readme) as write:
@@ -131,31 +142,37 @@ def write_export(
     return found
 
 
-class whole_file:  # noqa: N801 -- reads as a function
-    """Write beside the target and rename onto it at the end, so that no half-written file is ever seen."""
+def is_export(path: Path) -> bool:
+    """Whether a file is an export as it was written: the manifest beside it has its digest.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: an existing file.
 
-    def __enter__(self) -> Any:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.", suffix=".part")
-        self._file, self._part = os.fdopen(handle, "wb"), Path(name)
-        return self._file.write
+    Returns:
+        True or False.
+    """
+    about = _described(_manifest_of(path))
+    if about is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            return bool(hashlib.file_digest(file, "sha256").hexdigest() == about.get("sha256"))
+    except OSError:
+        return False
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                self._part.chmod(0o666 & ~mask)
-        finally:
-            self._file.close()
-            if kind is None:
-                self._part.replace(self._path)
-            else:
-                self._part.unlink(missing_ok=True)
+
+def _manifest_of(path: Path) -> Path:
+    return path.with_name(path.name + ".manifest.json")
+
+
+def _described(path: Path) -> dict[str, Any] | None:
+    """Return what a manifest says of its file; None where it is no manifest."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    about = found.get("file") if isinstance(found, dict) and found.get("format") == FORMAT else None
+    return about if isinstance(about, dict) else None
 
 
 def manifest(store: Store, name: str, *, with_scores: bool = False) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def manifest(store: Store, name: str, *, with_scores: bool = False) -> dict[str,
     space = None if dataset.space_id is None else store.space(dataset.space_id)
     members = store.members(store.resolve(subset.dataset))
     found: dict[str, Any] = {
-        "format": "repmatch-manifest-1",
+        "format": FORMAT,
         "name": name,
         "dataset": {
             "name": dataset.name,

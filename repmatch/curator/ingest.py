@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from repmatch.curator.destination import working_folder
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
@@ -134,7 +135,7 @@ def ingest(
         done, truncated = 0, 0
         lost: list[BadRow] = []
         detail: dict[str, Any] = {}
-        arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash}
+        arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash, **working_folder()}
         if options.shard is not None:
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:

@@ -66,17 +66,18 @@ class Selected(Tabular):
         kept = self.coreset.representative[self.coreset.representative >= 0]
         return np.bincount(kept, minlength=len(self.ids)).astype(np.int64)
 
-    def export(self, path: str | Path, *, with_scores: bool = False) -> dict[str, Any]:
+    def export(self, path: str | Path, *, with_scores: bool = False, force: bool = False) -> dict[str, Any]:
         """Write the picked rows as JSON lines, and a manifest beside them.
 
         Args:
             path: the file.
             with_scores: add rank, gain and score to each row.
+            force: replace a file that is no earlier export too.
 
         Returns:
             The manifest.
         """
-        return write_export(self.store, self.name, Path(path), with_scores=with_scores)
+        return write_export(self.store, self.name, Path(path), with_scores=with_scores, force=force)
 
     def to_polars(self) -> pl.DataFrame:
         """Return the picks as a frame: rank, id, gain, represents, value (the objective up to this pick)."""

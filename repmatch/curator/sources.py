@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import re
 import stat
 import sys
@@ -158,18 +159,30 @@ def find(name: str) -> Source:
     try:
         found = bool(name) and path.exists()
         folder = found and path.is_dir()
-        regular = found and stat.S_ISREG(path.stat().st_mode)
+        status = path.stat() if found else None
     except OSError as error:
         raise UsageError(f"{shown(name)} cannot be reached: {error.strerror}; expected the path of a file") from None
-    if not found:
+    if status is None:
         raise _not_found(name, path)
+    if _is_device(status):
+        raise UsageError(f"{name!r} is a device, which may never end; expected a file, a pipe or '-'.")
     if folder:
         files = sorted(p.name for p in islice(path.iterdir(), 10_000) if p.suffix.lower() in {*_FORMATS, ".gz"})
         raise InputError(
             f"{name!r} is a directory; expected a file ({SUPPORTED}). "
             + (f"It holds {quote_list(files)}; name them one by one." if files else "It holds no such file.")
         )
-    return _find_file(name, path, regular)
+    return _find_file(name, path, stat.S_ISREG(status.st_mode))
+
+
+def _is_device(status: os.stat_result) -> bool:
+    """Whether something is a device, but for the one that standard input is: /dev/stdin may be a terminal."""
+    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        return False
+    try:
+        return not os.path.samestat(status, os.fstat(0))
+    except OSError:
+        return True
 
 
 def _find_hub(name: str) -> Source:
@@ -204,6 +217,11 @@ def _find_file(name: str, path: Path, regular: bool) -> Source:
 
 
 def _not_found(name: str, path: Path) -> UsageError:
+    if path.is_symlink():
+        return UsageError(
+            f"{name!r} is a link to {str(path.readlink())!r} and {_leads(path)}; expected a file. Mend the link, or "
+            "name the file itself."
+        )
     folder = path.parent
     try:
         names = [entry.name for entry in islice(folder.iterdir(), 10_000)]
@@ -218,6 +236,16 @@ def _not_found(name: str, path: Path) -> UsageError:
     else:
         text += "; expected a path."
     return UsageError(f"{text} A dataset of the Hugging Face hub is named hf:NAME[@CONFIG][:SPLIT].")
+
+
+def _leads(link: Path) -> str:
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return "leads to nothing that exists"
+    except OSError:
+        return "leads round in a circle"
+    return "leads to a file that is there now"
 
 
 def _kind_of(head: bytes) -> str:

@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from repmatch.curator.destination import check_destination, whole_file
 from repmatch.curator.evaluate.results import Evaluation
 from repmatch.curator.evaluate.statistics import Interval
-from repmatch.errors import MissingExtraError, UsageError
+from repmatch.errors import MissingExtraError, RepMatchError, UsageError
 
-FORMATS = (".png", ".svg", ".pdf")
+if TYPE_CHECKING:
+    from repmatch.store import Store
+
+MARK = "repmatch evaluate"
+_METADATA: dict[str, dict[str, Any]] = {
+    ".png": {"Software": MARK},
+    ".svg": {"Creator": MARK, "Date": None},
+    ".pdf": {"Creator": MARK},
+}
+FORMATS = tuple(_METADATA)
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a picture that could not be drawn, before any work is done.
+def is_plot(path: Path) -> bool:
+    """Whether a file is a picture of ours, by the mark in its metadata.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        True or False.
+    """
+    try:
+        return MARK.encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def check_plot(path: Path, store: Store | None = None, *, force: bool = False) -> None:
+    """Refuse a picture that could not be drawn or written, before any work is done.
 
     Args:
         path: the file.
+        store: the store at hand, whose sources are refused.
+        force: replace a file that is no earlier picture too.
 
     Raises:
-        UsageError: its ending is no format.
+        UsageError: its ending is no format, its folder does not exist, it lies in a store, or there is a file of
+            somebody else's.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path} ends in no picture format; expected one of {', '.join(FORMATS)}.")
+    check_destination(path, store, ours=is_plot, force=force)
     _pyplot()
 
 
@@ -43,18 +73,20 @@ def _reach(found: Interval) -> float:
     return 0.0 if found.high is None else 100 * (found.high - found.mean)
 
 
-def plot(found: Evaluation, path: Path) -> None:
+def plot(found: Evaluation, path: Path, *, force: bool = False) -> None:
     """Draw accuracy against size, a line a candidate, with 95 % intervals; the full dataset is a dotted line.
 
     Args:
         found: the curves.
-        path: a file ending in .png, .svg or .pdf.
+        path: a file ending in .png, .svg or .pdf; an earlier picture is replaced.
+        force: replace a file that is no earlier picture too.
 
     Raises:
-        UsageError: its ending is no format.
+        UsageError: as of `check_plot`.
         MissingExtraError: matplotlib is not installed.
+        RepMatchError: the file cannot be written.
     """
-    check_plot(path)
+    check_plot(path, force=force)
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     names = list(dict.fromkeys(line.candidate for line in found.lines))
@@ -77,5 +109,11 @@ def plot(found: Evaluation, path: Path) -> None:
     axes.set_title(f"{found.dataset}: {found.lines[0].steps} steps each, 95 % intervals over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    ending, drawn = path.suffix.lower(), BytesIO()
+    figure.savefig(drawn, format=ending[1:], dpi=150, metadata=_METADATA[ending])
     pyplot.close(figure)
+    try:
+        with whole_file(path) as write:
+            write(drawn.getvalue())
+    except OSError as error:
+        raise RepMatchError(f"{path} cannot be written: {error.strerror}; choose another place.") from error

@@ -35,7 +35,7 @@ class ReportOptions:
     """What a report shows.
 
     Attributes:
-        datasets: their names; empty: all of the store.
+        datasets: their names; empty: all of the store that have factors.
         points: instances on the map at most; more are sampled.
         layout: "auto", "tsne" or "pca".
         seed: of the sample and the layout.
@@ -70,15 +70,20 @@ def gather(store: Store, options: ReportOptions, tell: Tell | None = None) -> di
         Plain JSON values; one section a space, for scores of different spaces cannot be compared.
 
     Raises:
-        StoreError: there is no dataset with factors.
+        StoreError: there is no dataset with factors, or one that is asked for has none.
         UnknownNameError: a dataset does not exist.
     """
-    names = options.datasets or tuple(store.datasets()["name"].to_list())
+    counts = dict(store.datasets().select("name", "factors").iter_rows())
+    names = options.datasets or tuple(name for name, factors in counts.items() if factors)
     by_space: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         space_id = store.dataset(name).space_id
-        if space_id is not None:
-            by_space.setdefault(space_id, []).append(name)
+        if space_id is None or not counts[name]:
+            raise StoreError(
+                f"the dataset {name!r} has no factors yet, so there is nothing to draw; compute them, or wait for the "
+                f"ingest that is under way: repmatch ingest FILE --dataset {name}"
+            )
+        by_space.setdefault(space_id, []).append(name)
     if not by_space:
         raise StoreError("there is no dataset with factors to report on; run: repmatch ingest FILE --dataset NAME")
     sections = [_section(store, store.space(i), own, options, tell) for i, own in by_space.items()]
@@ -245,11 +250,11 @@ def _coreset(store: Store, coreset: Coreset, described: dict[str, Any]) -> dict[
 def _runs(store: Store) -> list[dict[str, Any]]:
     found = []
     for row in store.runs().tail(50).to_dicts()[::-1]:
+        arguments = stored_object(row["arguments"], "the record of a run")
+        arguments.pop("folder", None)  # where it ran: a report is for others to read, too
         seconds = None if row["ended"] is None else round((row["ended"] - row["started"]).total_seconds(), 1)
         kept = {"run": row["run"], "command": row["command"], "started": str(row["started"])[:19], "seconds": seconds}
-        found.append(
-            kept | {"status": row["status"], "arguments": stored_object(row["arguments"], "the record of a run")}
-        )
+        found.append(kept | {"status": row["status"], "arguments": arguments})
     return found
 
 

@@ -10,12 +10,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repmatch.curator.destination import check_destination, whole_file
 from repmatch.curator.report.gather import ReportOptions, gather
-from repmatch.errors import MissingExtraError, RepMatchError, UsageError
+from repmatch.errors import MissingExtraError, RepMatchError
 
 if TYPE_CHECKING:
     from repmatch.curator.report.kernel import Tell
     from repmatch.store import Store
+
+
+MARK = '<meta name="generator" content="repmatch report">'
+_HEAD = 4096  # bytes of a file in which the mark stands
 
 
 def plotting_library() -> str:
@@ -73,6 +78,7 @@ def page(data: dict[str, Any]) -> str:
         "connect-src 'none'; base-uri 'none'; form-action 'none'"
     )
     parts = {
+        "mark": MARK,
         "policy": html.escape(policy, quote=True),
         "title": html.escape(data["title"]),
         "style": style,
@@ -90,32 +96,48 @@ def _hash(source: str) -> str:
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def write_report(store: Store, path: Path, options: ReportOptions, tell: Tell | None = None) -> dict[str, Any]:
-    """Write a report; the file appears whole or not at all.
+def is_report(path: Path) -> bool:
+    """Whether a file is a report, by its mark.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        True or False.
+    """
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(_HEAD)
+    except OSError:
+        return False
+
+
+def write_report(
+    store: Store, path: Path, options: ReportOptions, tell: Tell | None = None, *, force: bool = False
+) -> dict[str, Any]:
+    """Write a report; the file appears whole or not at all. An earlier report is replaced.
 
     Args:
         store: the store.
         path: the file.
         options: what to show.
         tell: progress.
+        force: replace a file that is no report too; never one of a store, nor one that rows were read from.
 
     Returns:
         `{"file", "bytes", "datasets", "points", "instances", "layout"}`.
 
     Raises:
-        UsageError: the folder does not exist or the path is a folder.
+        UsageError: the folder does not exist, the path is a folder, it lies in a store, rows were read from it, or
+            there is a file that is no report.
+        StoreError: there are no factors to report on.
         RepMatchError: the file cannot be written.
         MissingExtraError: the plotting library is not installed.
     """
-    from repmatch.curator.export import whole_file
-
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; expected the name of a file to write.")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
+    check_destination(path, store, ours=is_report, force=force)
     plotting_library()  # missing: say so before a minute of work
     data = gather(store, options, tell)
-    content = page(data).encode()
+    content = page(data).encode("utf-8", "replace")  # a title may hold half a character, which cannot be written
     try:
         with whole_file(path) as write:
             write(content)
