@@ -17,6 +17,7 @@ from tiny_more import GatedLstm, causal_checkpoint, image_checkpoint, masked_che
 from torch import nn
 from torch.nn import functional
 
+from repmatch.curator import trial
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.forms import dialogue
 from repmatch.curator.settings import Settings
@@ -309,12 +310,12 @@ def test_hidden_tokens_depend_on_seed_and_text_only(tmp_path: Path) -> None:
     assert all(count == max(1, round(0.15 * (e.tokens - 2))) for count, e in zip(hidden, together, strict=True))
 
 
-def test_the_head_works_on_hidden_tokens_alone(tmp_path: Path) -> None:
+def test_the_head_works_on_hidden_tokens_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, task, rows = masked_case(tmp_path)
     batch, module = task.collate(task.encode(rows)), bench.module(0)
     short = task.losses(module, batch)
-    assert task._short is True
-    task._short = False
+    assert task._short.is_right(module, {n: v for n, v in batch.items() if n != "labels"})
+    monkeypatch.setattr(task._short, "is_right", lambda *_: False)
     torch.testing.assert_close(task.losses(module, batch), short)
 
 
@@ -348,6 +349,6 @@ def test_a_module_whose_instances_see_each_other_is_refused() -> None:
     task = bench.task(())
     engine = bench.engine(0, task)
     with pytest.raises(ModelError, match="expected instances that do not see each other"):
-        engine.check_apart(task.collate(task.encode(make_rows(3))))
+        trial.check(engine, task, task.encode(make_rows(3)))
     good, reader, rows = own_case(Path())
-    good.engine(3, reader).check_apart(reader.collate(reader.encode(rows)))
+    trial.check(good.engine(3, reader), reader, reader.encode(rows))
