@@ -12,6 +12,7 @@ from conftest import Run
 from test_engine import make_rows
 from test_engine_tasks import causal_case
 from tiny_models import checkpoint
+from tiny_more import odd_encoder
 
 import repmatch
 from repmatch.curator import training
@@ -91,3 +92,15 @@ def test_the_trainer_trains_what_is_missing_in_one_pass(run: Run, toy_store: Pat
         again = curator.trainer.adapters(names)
         assert [adapter.id for adapter in again] == [adapter.id for adapter in found]
         assert len(store.adapters()) == 3
+
+
+def test_adapters_of_a_model_that_shares_inputs_in_a_batch_are_trained_one_by_one(tmp_path: Path) -> None:
+    bench = Workbench.build(Settings(model=str(odd_encoder(tmp_path, "deberta-v2")), device="cpu", rank=2))
+    task = bench.task(LABELS)
+    examples = task.encode(make_rows(12))
+    jobs = [Job(examples[:7], Recipe(batch_size=4, epochs=1)), Job(examples[7:], Recipe(batch_size=3, epochs=2))]
+    ticks: list[tuple[int, int]] = []
+    found = train_side_by_side(bench.module(3), bench.space, task, jobs, lambda *at: ticks.append(at))
+    assert ticks == [(i + 1, 6) for i in range(6)]
+    for job, one in zip(jobs, found, strict=True):
+        close(one, training.train(bench.module(3), bench.space, task, job.examples, job.recipe))

@@ -148,7 +148,7 @@ class FactorEngine:
         if not isinstance(losses, Tensor) or losses.shape != (count,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ModelError(
-                f"the task's losses are {got} for {count} instances; expected ({count},), one number an instance. Take "
+                f"the task's losses are {got} for a batch of {count}; expected ({count},), one number each. Take "
                 "no mean over the batch (reduction='none' in torch.nn.functional), and leave no other dimension."
             )
         return losses
