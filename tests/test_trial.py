@@ -143,7 +143,7 @@ def test_a_language_model_without_a_head_is_refused(run: Run, tmp_path: Path, ta
     for model in ((), ("--model", checkpoint(tmp_path / "m"))):  # the embedded model has none either
         found = run("--store", tmp_path / "s", "ingest", file, "--dataset", "d", "--task", task, *model)
         assert found.code == 1
-        assert "has no head for" in found.err
+        assert f"has no head for --task {task}" in found.err
         assert "Name one with --model" in found.err
 
 

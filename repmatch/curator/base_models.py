@@ -315,7 +315,7 @@ def load_module(model: BaseModel, task: str, labels: int, seed: int) -> nn.Modul
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"the base model {model.name} cannot be loaded for {what}: {error}") from error
     missing = set(info["missing_keys"]) | {k[0] for k in info["mismatched_keys"]}
-    _draw_head(module, model, missing, seed, what if task not in _DRAWN else None)
+    _draw_head(module, model, missing, seed, None if task in _DRAWN else task)
     frozen: nn.Module = module.eval().requires_grad_(False)
     if task == "causal-lm" and _sees_ahead(frozen):
         raise ModelError(
@@ -357,7 +357,7 @@ def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], see
     headless = sorted(k for k in missing if not k.startswith(prefix))
     if own is not None and headless:
         raise ModelError(
-            f"the checkpoint {model.name} has no head for {own}: {len(headless)} of its weights are missing, "
+            f"the checkpoint {model.name} has no head for --task {own}: {len(headless)} of its weights are missing, "
             f"{headless[0]} first; expected a checkpoint that was trained for it, because a random head predicts by "
             "chance. Name one with --model."
         )
