@@ -82,6 +82,10 @@ class ModelError(RepMatchError, ValueError):
     """A base model that cannot be loaded, verified or adapted."""
 
 
+class SharedUseError(ModelError):
+    """An adapted layer works once for a whole batch, whose instances or adapters can then only be taken one by one."""
+
+
 class MissingExtraError(RepMatchError, ImportError):
     """A feature whose optional dependency is not installed."""
 

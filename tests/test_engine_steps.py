@@ -16,7 +16,7 @@ from tiny_models import WORDS, checkpoint, tokenizer
 from torch import Tensor, nn
 from transformers import AlbertConfig, AutoModel
 
-from repmatch.curator import start
+from repmatch.curator import linear, start
 from repmatch.curator.batches import factors_of
 from repmatch.curator.engine import FactorEngine, first_step, left_singular
 from repmatch.datamodels import Matrix, Space
@@ -95,6 +95,52 @@ def test_the_gradient_is_that_of_autograd(rank: int) -> None:
     gradients, losses = FactorEngine(Toy(), toy_space(rank), toy_loss).gradients(inputs)
     torch.testing.assert_close(gradients["used"], toy_gradients(rank, inputs), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses, toy_loss(Toy(), inputs))
+
+
+class Named(Toy):
+    """Gives its layer the input by name, and changes the output in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(input=x).relu_()
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_inputs_by_name_and_outputs_changed_in_place_make_no_difference(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "onednn_pays", lambda: onednn)
+    inputs, space = toy_inputs(), toy_space(2, Matrix("used", 5, 3))
+    found, losses = FactorEngine(Named(), space, toy_loss).gradients(inputs)
+    expected, plain = FactorEngine(Toy(), space, toy_loss).gradients(inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(losses, plain)
+    many = replace(space, optimizer={**ADAMW, "eps": 1e-4, "steps": 3})
+    stack, _, _ = FactorEngine(Named(), many, toy_loss).train(inputs)
+    other, _, _ = FactorEngine(Toy(), many, toy_loss).train(inputs)
+    torch.testing.assert_close(stack.b, other.b)
+
+
+class Shared(Toy):
+    """Uses its layer for every instance's own input and for one that all share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + self.used(torch.tensor([[[1.0, -2.0, 0.5]]])).repeat(len(x), 1, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_input_that_a_batch_shares_counts_for_every_instance(steps: int) -> None:
+    space = replace(toy_space(2, Matrix("used", 5, 3)), optimizer={**ADAMW, "eps": 1e-4, "steps": steps})
+    inputs = toy_inputs()
+    engine = FactorEngine(Shared(), space, toy_loss)
+    found = engine.compute(inputs)
+    for at in range(4):
+        one = {name: value[at : at + 1] for name, value in inputs.items()}
+        alone = FactorEngine(Shared(), space, toy_loss).compute(one)
+        np.testing.assert_allclose(found.values[at], alone.values[0], atol=1e-5)
+        np.testing.assert_allclose(found.norms[at], alone.norms[0], rtol=1e-5)
+        np.testing.assert_allclose(found.losses[at], alone.losses[0], rtol=1e-5)
+    apart = engine.compute({name: value[:1] for name, value in inputs.items()})
+    np.testing.assert_allclose(apart.values[0], found.values[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

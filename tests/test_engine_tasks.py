@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from oracle_reference import literal_adapters
 from test_engine import make_rows
 from tiny_models import WORDS, checkpoint, sentences
-from tiny_more import GatedLstm, causal_checkpoint, image_checkpoint, masked_checkpoint, write_images
+from tiny_more import (
+    GatedLstm,
+    causal_checkpoint,
+    image_checkpoint,
+    masked_checkpoint,
+    odd_encoder,
+    write_images,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -79,6 +87,15 @@ def decoder_classification(folder: Path) -> Case:
     return bench, bench.task(("no", "perhaps", "yes")), make_rows(8)
 
 
+def odd_case(architecture: str, targets: tuple[str, ...] | None = None) -> Callable[[Path], Case]:
+    def make(folder: Path) -> Case:
+        model = odd_encoder(folder, architecture)
+        bench = Workbench.build(Settings(model=str(model), targets=targets, device="cpu", rank=2))
+        return bench, bench.task(("no", "perhaps", "yes")), make_rows(7)
+
+    return make
+
+
 def image_case(architecture: str) -> Callable[[Path], Case]:
     def make(folder: Path) -> Case:
         pytest.importorskip("PIL", reason="Pillow is not installed (the extra 'images')")
@@ -111,6 +128,29 @@ class WordTask(RowTask):
         return functional.cross_entropy(module(inputs["ids"], inputs["mask"]), inputs["labels"], reduction="none")
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder, which packs padded rows where nothing is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(len(WORDS) + 1, 16)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+            self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(self.embedding(ids), src_key_padding_mask=mask == 0)
+        logits: torch.Tensor = self.head((hidden * mask[:, :, None]).sum(dim=1))
+        return logits
+
+
+def encoder_case(_: Path) -> Case:
+    own = OwnModel(Encoder(), WordTask(), "encoder")
+    bench = Workbench.build(Settings(model=own, targets=("linear1", "linear2"), device="cpu", rank=2))
+    return bench, bench.task(("no", "perhaps", "yes")), make_rows(7)
+
+
 def own_case(_: Path) -> Case:
     own = OwnModel(GatedLstm(len(WORDS) + 1, 3), WordTask(), "gates")
     bench = Workbench.build(Settings(model=own, targets=("input", "recurrent"), device="cpu", rank=2))
@@ -128,6 +168,9 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "vit": image_case("vit"),
     "resnet, Conv2d": image_case("resnet"),
     "own lstm": own_case,
+    "own encoder, padded": encoder_case,
+    "deberta-v2, positions shared by the batch": odd_case("deberta-v2"),
+    "longformer, in place": odd_case("longformer", ("output.dense",)),
 }
 
 
@@ -174,7 +217,10 @@ def test_factors_of_every_task_equal_the_literal_procedure(tmp_path: Path, name:
         assert {m.name.rsplit(".", 1)[-1] for m in bench.space.matrices} == {"convolution"}
 
 
-@pytest.mark.parametrize("name", ["causal llama", "causal gpt2, Conv1D", "resnet, Conv2d", "own lstm", "masked bert"])
+STEPPED = ("causal llama", "causal gpt2, Conv1D", "resnet, Conv2d", "own lstm", "masked bert")
+
+
+@pytest.mark.parametrize("name", [*STEPPED, "own encoder, padded", "deberta-v2, positions shared by the batch"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_many_steps_at_once_equal_training_each_alone(tmp_path: Path, name: str, optimizer: str) -> None:
     from dataclasses import replace
@@ -309,45 +355,56 @@ def test_hidden_tokens_depend_on_seed_and_text_only(tmp_path: Path) -> None:
     assert all(count == max(1, round(0.15 * (e.tokens - 2))) for count, e in zip(hidden, together, strict=True))
 
 
-def test_the_head_works_on_hidden_tokens_alone(tmp_path: Path) -> None:
-    bench, task, rows = masked_case(tmp_path)
+@pytest.mark.parametrize("name", ["masked bert", "causal llama", "causal gpt2, Conv1D"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_head_works_on_the_positions_that_count_alone(
+    tmp_path: Path, name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    bench, task, rows = CASES[name](tmp_path)
+    bench = replace(bench, space=replace(bench.space, optimizer={**bench.space.optimizer, "steps": steps}))
+    engine, batch = bench.engine(0, task), task.collate(task.encode(rows))
+    whole = []
+    engine.module.register_forward_hook(lambda *_: whole.append(1))
+    short = engine.compute(batch)
+    assert len(whole) == 1  # the trial
+    engine.compute(batch)
+    assert len(whole) == 1
+    monkeypatch.setattr(task._short, "is_right", lambda *_: False)
+    long = engine.compute(batch)
+    assert len(whole) == 1 + steps
+    np.testing.assert_allclose(short.losses, long.losses, rtol=1e-5)
+    inner = np.abs(np.sum(short.values.astype(np.float64) * long.values, axis=1))
+    np.testing.assert_allclose(inner, np.sum(long.values.astype(np.float64) ** 2, axis=1), rtol=1e-3)
+
+
+def test_a_head_is_tried_for_every_model_that_a_task_meets(tmp_path: Path) -> None:
+    bench, task, rows = causal_case("llama")(tmp_path)
     batch, module = task.collate(task.encode(rows)), bench.module(0)
-    short = task.losses(module, batch)
-    assert task._short is True
-    task._short = False
-    torch.testing.assert_close(task.losses(module, batch), short)
+    expected = task.losses(module, batch)
+
+    class Capped(type(module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **options: Any) -> Any:
+            found = super().forward(*args, **options)
+            found.logits = 2 * torch.tanh(found.logits / 2)
+            return found
+
+    capped = copy.deepcopy(module)
+    capped.__class__ = Capped
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    found = task.losses(capped, batch)
+    assert not torch.allclose(found, expected, rtol=1e-2)
+    assert (task._short.is_right(module, given), task._short.is_right(capped, given)) == (True, False)
+    broken = copy.deepcopy(module)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+        assert not task._short.is_right(broken, given)
+        broken.lm_head.weight.copy_(module.lm_head.weight)
+        assert task._short.is_right(broken, given)
 
 
 def test_a_label_that_is_no_number_is_refused(tmp_path: Path) -> None:
     _, task, _ = regression_case(tmp_path)
     with pytest.raises(InputError, match="'good' is no number"):
         task.encode(rows_of([("film", None, "good")]))
-
-
-class Mixing(nn.Module):
-    """A module whose instances see each other, as batch statistics make them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used = nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.used(x)
-        return y - y.mean(dim=0)
-
-
-def test_a_module_whose_instances_see_each_other_is_refused() -> None:
-    class Numbers(RowTask):
-        def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-            return {"x": torch.tensor([[float(len(row.text)), 1.0, 2.0] for row in rows])}
-
-        def losses(self, module: nn.Module, inputs: Any) -> torch.Tensor:
-            return (module(inputs["x"]) ** 2 + module(inputs["x"])).sum(dim=1)
-
-    bench = Workbench.build(Settings(model=OwnModel(Mixing(), Numbers()), targets=("used",), device="cpu"))
-    task = bench.task(())
-    engine = bench.engine(0, task)
-    with pytest.raises(ModelError, match="expected instances that do not see each other"):
-        engine.check_apart(task.collate(task.encode(make_rows(3))))
-    good, reader, rows = own_case(Path())
-    good.engine(3, reader).check_apart(reader.collate(reader.encode(rows)))

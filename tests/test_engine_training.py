@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, write_rows
 from test_engine import make_rows
-from test_engine_tasks import causal_case
-from tiny_models import checkpoint
+from test_engine_tasks import WordTask, causal_case, encoder_case
+from tiny_models import WORDS, checkpoint
+from tiny_more import GatedLstm, odd_encoder
 
 import repmatch
 from repmatch.curator import training
 from repmatch.curator.settings import Settings
 from repmatch.curator.side_by_side import Job, seeds_of, train_side_by_side
+from repmatch.curator.tasks import OwnModel
 from repmatch.curator.training import Recipe
 from repmatch.curator.workbench import Workbench
 from repmatch.errors import ModelError, UsageError
@@ -91,3 +93,43 @@ def test_the_trainer_trains_what_is_missing_in_one_pass(run: Run, toy_store: Pat
         again = curator.trainer.adapters(names)
         assert [adapter.id for adapter in again] == [adapter.id for adapter in found]
         assert len(store.adapters()) == 3
+
+
+def test_adapters_of_a_model_that_shares_inputs_in_a_batch_are_trained_one_by_one(tmp_path: Path) -> None:
+    bench = Workbench.build(Settings(model=str(odd_encoder(tmp_path, "deberta-v2")), device="cpu", rank=2))
+    task = bench.task(LABELS)
+    examples = task.encode(make_rows(12))
+    jobs = [Job(examples[:7], Recipe(batch_size=4, epochs=1)), Job(examples[7:], Recipe(batch_size=3, epochs=2))]
+    ticks: list[tuple[int, int]] = []
+    found = train_side_by_side(bench.module(3), bench.space, task, jobs, lambda *at: ticks.append(at))
+    assert ticks == [(i + 1, 6) for i in range(6)]
+    for job, one in zip(jobs, found, strict=True):
+        close(one, training.train(bench.module(3), bench.space, task, job.examples, job.recipe))
+
+
+class Named(GatedLstm):
+    """Gives one of its layers the input by name."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.input(input=self.embedding(ids)).tanh() * mask[:, :, None]
+        logits: torch.Tensor = self.head(hidden.sum(dim=1)[:, :12])
+        return logits
+
+
+def test_a_layer_may_be_given_its_input_by_name(tmp_path: Path) -> None:
+    own = OwnModel(Named(len(WORDS) + 1, 3), WordTask())
+    settings = Settings(model=own, targets=("input",), device="cpu")
+    rows = [{"id": r.id, "text": r.text, "label": r.label} for r in make_rows(12)]
+    with repmatch.open(tmp_path / "s") as store:
+        curator = repmatch.Curator(store, settings=settings)
+        assert curator.ingest(write_rows(tmp_path / "r.jsonl", rows), "d").new == 12
+        assert len(curator.score("d").ids) == 12
+
+
+def test_torchs_own_encoder_is_trained_with_adapters_in_its_layers(tmp_path: Path) -> None:
+    bench, task, rows = encoder_case(tmp_path)
+    examples, recipe = task.encode(rows), Recipe(batch_size=3, epochs=1)
+    alone = training.train(bench.module(3), bench.space, task, examples, recipe)
+    assert all(b.any() for b in alone.b.values())
+    (found,) = train_side_by_side(bench.module(3), bench.space, task, [Job(examples, recipe)])
+    close(found, alone)

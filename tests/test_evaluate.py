@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, toy_rows, write_rows
+from tiny_more import odd_encoder
 from torch.nn import functional
 
 import repmatch
@@ -282,3 +283,17 @@ def test_the_command_prints_a_table_json_and_a_picture(
     refused = run(*asked, "--plot", tmp_path / "curves.doc")
     assert refused.code == 2
     assert "no picture format" in refused.err
+
+
+def test_a_model_that_shares_inputs_in_a_batch_is_trained_one_selection_after_the_other(tmp_path: Path) -> None:
+    bench = Workbench.build(Settings(model=str(odd_encoder(tmp_path, "deberta-v2")), device="cpu"))
+    task = bench.task(LABELS)
+    examples, test = task.encode(rows_of(toy_rows())), task.encode(rows_of(toy_rows(24)[10:]))
+    recipe = RetrainRecipe(steps=3, batch_size=4, rank=2)
+    jobs = [Job(examples[:10], 0), Job(examples[10:13], 0)]
+    ticks: list[tuple[int, int]] = []
+    found = Retrainer(bench, LABELS, recipe).retrain(jobs, test, lambda *at: ticks.append(at))
+    assert ticks == [(0, 3), (1, 3), (1, 3), (2, 3), (2, 3), (3, 3)]
+    for job, one in zip(jobs, found, strict=True):
+        (alone,) = Retrainer(bench, LABELS, recipe).retrain([job], test)
+        assert (one.last_loss, one.right) == (alone.last_loss, alone.right)

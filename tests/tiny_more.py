@@ -65,6 +65,32 @@ def masked_checkpoint(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def odd_encoder(folder: Path, architecture: str, seed: int = 0) -> Path:
+    """Write an encoder with a habit of its own.
+
+    "deberta-v2" maps its relative positions by the query too, once for a batch; "xlnet" has its tokens first; and
+    "longformer" changes its query in place.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2, "type_vocab_size": 0}
+    if architecture == "deberta-v2":
+        sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+        sizes |= {"position_buckets": 16, "norm_rel_ebd": "layer_norm"}
+    elif architecture == "longformer":
+        sizes |= {"attention_window": 8, "type_vocab_size": 1}
+    else:
+        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
+    config = AutoConfig.for_model(architecture, vocab_size=len(WORDS) + 5, pad_token_id=0, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def image_checkpoint(folder: Path, architecture: str, seed: int = 0) -> Path:
     """Write a ViT or a ResNet for images of 32 by 32."""
     from transformers import AutoModel, ResNetConfig, ViTConfig

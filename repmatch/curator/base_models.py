@@ -279,7 +279,7 @@ def load_module(model: BaseModel, task: str, labels: int, seed: int) -> nn.Modul
 
     The head of a classifier and whatever the checkpoint lacks of the pooler are drawn from the seed
     (`repmatch.curator.start`); a head that the checkpoint brings is not used, so that datasets with different labels
-    share one start. A language model's head is the checkpoint's own, and drawn only where it has none.
+    share one start. A language model's head is the checkpoint's own; a checkpoint without one is refused.
 
     Args:
         model: the base model.
@@ -291,7 +291,8 @@ def load_module(model: BaseModel, task: str, labels: int, seed: int) -> nn.Modul
         The model in float32 on the CPU, in evaluation mode, every parameter frozen.
 
     Raises:
-        ModelError: the weights cannot be read, or miss more than a head.
+        ModelError: the weights cannot be read, or miss more than a classifier's head; or a model for "causal-lm" sees
+            the tokens that it is to predict.
     """
     import torch
     import transformers
@@ -314,12 +315,34 @@ def load_module(model: BaseModel, task: str, labels: int, seed: int) -> nn.Modul
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"the base model {model.name} cannot be loaded for {what}: {error}") from error
     missing = set(info["missing_keys"]) | {k[0] for k in info["mismatched_keys"]}
-    _draw_head(module, model, missing, seed, anew=task in _DRAWN)
+    _draw_head(module, model, missing, seed, None if task in _DRAWN else task)
     frozen: nn.Module = module.eval().requires_grad_(False)
+    if task == "causal-lm" and _sees_ahead(frozen):
+        raise ModelError(
+            f"{model.name} ({type(module).__name__}) reads the tokens behind a position too, so that it would see the "
+            "completion that it is to predict; expected a causal model for --task causal-lm. Name one with --model."
+        )
     return frozen
 
 
-def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], seed: int, *, anew: bool) -> None:
+def _sees_ahead(module: Any) -> bool:
+    """Whether the logits of a position change with a later token; False where that cannot be told."""
+    import torch
+
+    middle = int(module.get_input_embeddings().weight.shape[0]) // 2  # no special tokens, which stand at the ends
+    ids = torch.tensor([[middle, middle + 1, middle + 2, middle + 3], [middle, middle + 1, middle + 2, middle - 1]])
+    try:
+        with torch.no_grad():
+            logits = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return False  # a model that needs more than ids says so itself, at the first batch
+    exact = all(parameter.dtype is torch.float32 for parameter in module.parameters())
+    apart = float((logits[0] - logits[1]).abs().max())  # NaN, of broken weights, is not above anything
+    return apart > (1e-4 if exact else 2e-2) * float(logits.abs().max())
+
+
+def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], seed: int, own: str | None) -> None:
+    """Draw what is missing of the pooler, and a classifier's head anew; `own` names a task whose head is not drawn."""
     import torch
 
     from repmatch.curator import start
@@ -331,11 +354,18 @@ def _draw_head(module: PreTrainedModel, model: BaseModel, missing: set[str], see
             f"the checkpoint {model.name} lacks {len(lost)} of the base model's weights, {lost[0]} first; expected a "
             f"complete {model.config['model_type']} encoder."
         )
+    headless = sorted(k for k in missing if not k.startswith(prefix))
+    if own is not None and headless:
+        raise ModelError(
+            f"the checkpoint {model.name} has no head for --task {own}: {len(headless)} of its weights are missing, "
+            f"{headless[0]} first; expected a checkpoint that was trained for it, because a random head predicts by "
+            "chance. Name one with --model."
+        )
     std = float(model.config.get("initializer_range", 0.02))
     labels = module.config.num_labels
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name not in missing and (name.startswith(prefix) or not anew):
+            if name not in missing and (name.startswith(prefix) or own is not None):
                 continue
             shape = tuple(parameter.shape)
             if len(shape) == 2 and shape[0] == labels and not name.startswith(prefix):

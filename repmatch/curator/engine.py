@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from repmatch.curator.precision import Precision, computing
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, SharedUseError
 
 __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_rows"]
 
@@ -36,6 +37,7 @@ __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_
 _RANK_TOLERANCE = 1e-4
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class FactorEngine:
 
     Attributes:
         precision: what the model computes in; gradients are collected in float32 whatever it is.
+        reached: names of the adapted layers that a forward pass has run so far.
 
     Args:
         module: the frozen model at the shared start, in evaluation mode.
@@ -72,8 +75,10 @@ class FactorEngine:
         self._a = {name: torch.from_numpy(value).to(self.device) for name, value in a.items()}
         # ΔW = B·A = (B·Rᵀ)·Qᵀ with Aᵀ = Q·R: B·Rᵀ has the left singular vectors and values of ΔW.
         self._rt = {name: torch.linalg.qr(torch.from_numpy(value.T).double()).R.T for name, value in a.items()}
+        self.reached: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._count = 0
+        self._one_by_one = False
         self._last_layer = LastLayer.of(module)
         self._shortcut: Shortcut | None = None
 
@@ -99,13 +104,34 @@ class FactorEngine:
 
         Returns:
             Matrix name -> (n, d_out, r) float32, and the losses (n,) float32.
+
+        Raises:
+            ModelError: the layers or the losses do not keep the instances in the first dimension.
         """
-        self._gradients = {}
         moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
-        self._count = len(next(iter(moved.values())))
         self.try_shortcut(moved)
+        return self._batch_or_one_by_one(self._gradients_of, _joined_gradients, moved)
+
+    def _batch_or_one_by_one(
+        self,
+        compute: Callable[[Mapping[str, Tensor]], Found],
+        joined: Callable[[Sequence[Found]], Found],
+        inputs: Mapping[str, Tensor],
+    ) -> Found:
+        """Compute a batch at once, or its instances one by one where a layer works once for all of them."""
+        count = len(next(iter(inputs.values())))
+        if not self._one_by_one:
+            try:
+                return compute(inputs)
+            except SharedUseError:
+                self._one_by_one = True
+        return joined([compute({k: v[at : at + 1] for k, v in inputs.items()}) for at in range(count)])
+
+    def _gradients_of(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        self._gradients = {}
+        self._count = len(next(iter(inputs.values())))
         with torch.enable_grad(), self._hooks(), self._forward():
-            losses = self._loss(self.module, moved)
+            losses = self._losses(inputs)
             if losses.requires_grad:
                 # The sum, not the mean: each instance's gradient must be that of a batch of one.
                 torch.autograd.backward(losses.sum())
@@ -115,6 +141,17 @@ class FactorEngine:
                 self._gradients[matrix.name] = torch.zeros(count, matrix.d_out, rank, device=self.device)
         gradients, self._gradients = self._gradients, {}
         return gradients, losses.detach().float()
+
+    def _losses(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        losses = self._loss(self.module, inputs)
+        count = len(next(iter(inputs.values())))
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ModelError(
+                f"the task's losses are {got} for a batch of {count}; expected ({count},), one number each. Take "
+                "no mean over the batch (reduction='none' in torch.nn.functional), and leave no other dimension."
+            )
+        return losses
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
@@ -155,18 +192,26 @@ class FactorEngine:
         try:
             for matrix in self.space.matrices:
                 hook = partial(self._watch, matrix.name)
-                handles.append(modules[matrix.name].register_forward_hook(hook))
+                handles.append(modules[matrix.name].register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _watch(
+        self, name: str, layer: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
+        self.reached.add(name)
+        given = layers.given(args, options)
+        layers.refuse_shared(name, given, self._count)
+        if not torch.is_grad_enabled():
+            return output
         with self._full_precision():
-            projected = layers.project(layer, args[0].detach().float(), self._a[name]) * self._scaling
+            projected = layers.project(layer, given.detach().float(), self._a[name]) * self._scaling
         if not output.requires_grad:
-            # Below the first adapted matrix nothing needs a gradient, so backward ends here.
-            output = output.detach().requires_grad_(True)
+            # Below the first adapted matrix nothing needs a gradient, so backward ends here. The copy is no leaf: a
+            # model may go on to change it in place.
+            output = output.detach().requires_grad_(True).clone()
         output.register_hook(partial(self._collect, name, layer, projected))  # type: ignore[no-untyped-call]
         return output
 
@@ -227,15 +272,18 @@ class FactorEngine:
             The adapters; ∂L/∂B at the start, matrix name -> (n, d_out, r); and the losses there, (n,) float32.
         """
         moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
-        count = len(next(iter(moved.values())))
+        self.try_shortcut(moved)
+        return self._batch_or_one_by_one(self._trained, _joined_stacks, moved)
+
+    def _trained(self, inputs: Mapping[str, Tensor]) -> tuple[AdapterStack, dict[str, Tensor], Tensor]:
+        count = len(next(iter(inputs.values())))
         stack = AdapterStack(self.module, self.space, [self.space.seed] * count, self.device)
         optimizer = optimizers.build(stack.parameters, self.space.optimizer)
         gradients: dict[str, Tensor] = {}
         first = torch.zeros(count)
-        self.try_shortcut(moved)
         with torch.enable_grad(), stack.attached(), self._forward():
             for step in range(int(self.space.optimizer.get("steps", 1))):
-                losses = self._loss(self.module, moved)
+                losses = self._losses(inputs)
                 optimizer.zero_grad(set_to_none=True)
                 if losses.requires_grad:
                     torch.autograd.backward(losses.sum())
@@ -268,27 +316,17 @@ class FactorEngine:
             values.append(columns.flatten(1).float())
         return _gathered(values, cores, torch.stack(norms, dim=1), losses)
 
-    def check_apart(self, inputs: Mapping[str, Tensor]) -> None:
-        """Check that an instance's gradient does not depend on the others of its batch.
 
-        Args:
-            inputs: a batch of two or more; the first two are tried.
+def _joined_gradients(found: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    gradients = {name: torch.cat([one[name] for one, _ in found]) for name in found[0][0]}
+    return gradients, torch.cat([losses for _, losses in found])
 
-        Raises:
-            ModelError: it does.
-        """
-        together, _ = self.gradients({name: value[:2] for name, value in inputs.items()})
-        for at in range(min(2, len(next(iter(inputs.values()))))):
-            alone, _ = self.gradients({name: value[at : at + 1] for name, value in inputs.items()})
-            for name, gradient in alone.items():
-                one, other = gradient[0].flatten().double(), together[name][at].flatten().double()
-                if not torch.isfinite(one).all() or float((one - other).norm()) <= 1e-3 * float(one.norm()) + 1e-12:
-                    continue
-                raise ModelError(
-                    f"the gradient of {name!r} for one instance is another in a batch of two (relative difference "
-                    f"{float((one - other).norm() / one.norm()):.2g}); expected instances that do not see each other. "
-                    "Keep the batch in the first dimension, mask the padding, and use no batch statistics."
-                )
+
+def _joined_stacks(
+    found: Sequence[tuple[AdapterStack, dict[str, Tensor], Tensor]],
+) -> tuple[AdapterStack, dict[str, Tensor], Tensor]:
+    stack = found[0][0].joined([other for other, _, _ in found[1:]])
+    return stack, *_joined_gradients([(gradients, losses) for _, gradients, losses in found])
 
 
 def _double(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ how peft does it: A is a convolution of r channels, B a 1 x 1 convolution.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.datamodels import Matrix
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, SharedUseError
 
 
 def is_adaptable(layer: nn.Module) -> bool:
@@ -66,6 +67,39 @@ def as_matrix(layer: Any, weight: Tensor) -> Tensor:
         (d_out, d_in).
     """
     return weight.T if _is_conv1d(layer) else weight.flatten(1)
+
+
+def given(args: tuple[Tensor, ...], options: Mapping[str, Tensor]) -> Tensor:
+    """Return what a layer was called with.
+
+    Args:
+        args: its positional arguments.
+        options: its named ones.
+
+    Returns:
+        The input, which is the only argument, whatever its name.
+    """
+    return args[0] if args else next(iter(options.values()))
+
+
+def refuse_shared(name: str, x: Tensor, count: int) -> None:
+    """Refuse an input that a whole batch shares: what it adds to the gradient is known for the sum of instances only.
+
+    DeBERTa-v2 has such inputs: its query also maps the relative positions, once for all instances.
+
+    Args:
+        name: the layer's name.
+        x: its input.
+        count: instances, or adapters, of the batch.
+
+    Raises:
+        SharedUseError: the input's first dimension is 1 and there are more instances.
+    """
+    if x.shape[0] == 1 and count > 1:
+        raise SharedUseError(
+            f"the layer {name!r} is given {tuple(x.shape)} for a batch of {count}: one input that all share, so that "
+            "the instances can only be taken one by one here. Adapt another layer with --targets."
+        )
 
 
 def project(layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repmatch.curator import layers
+
 
 @lru_cache(maxsize=1)
 def onednn_pays() -> bool:
@@ -61,7 +63,10 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        found = product(x, weight, bias)
+        # Not a view in autograd's eyes, which would keep the model from changing it in place; nothing else holds it.
+        whole: Tensor = torch.ops.aten._unsafe_view(found, found.shape)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -69,7 +74,8 @@ class _Frozen(torch.autograd.Function):
         return product(gradients[0], weight.t()), None, None
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, *args: Tensor, **options: Tensor) -> Tensor:
+    x = layers.given(args, options)
     if not _fits(x, layer.weight):
         return nn.functional.linear(x, layer.weight, layer.bias)
     found: Tensor = _Frozen.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]

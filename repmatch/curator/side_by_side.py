@@ -15,7 +15,7 @@ from repmatch.curator.stack import AdapterStack
 from repmatch.curator.tasks import Example, Task
 from repmatch.curator.training import Recipe, Trained, batches, training_record
 from repmatch.datamodels import Space
-from repmatch.errors import ModelError, UsageError
+from repmatch.errors import ModelError, SharedUseError, UsageError
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,25 @@ def train_side_by_side(
         ModelError: a loss is not finite.
     """
     _check(jobs)
+    total = sum(job.recipe.steps(len(job.examples)) for job in jobs)
+    tell = progress or (lambda *_: None)
+    try:
+        return _trained(module, space, task, jobs, lambda done: tell(done, total))
+    except SharedUseError:  # a layer works once for all rows of a batch: one adapter after the other
+        found: list[Trained] = []
+        for job in jobs:
+            before = sum(int(trained.record["steps"]) for trained in found)
+
+            def later(done: int, before: int = before) -> None:
+                tell(before + done, total)
+
+            found += _trained(module, space, task, [job], later)
+        return found
+
+
+def _trained(
+    module: nn.Module, space: Space, task: Task, jobs: Sequence[Job], tell: Callable[[int], None]
+) -> list[Trained]:
     began = time.monotonic()
     device = next(module.parameters()).device
     runners = [_Runner(job, batches(job.examples, job.recipe), []) for job in jobs]
@@ -77,7 +96,6 @@ def train_side_by_side(
     recipe = jobs[0].recipe
     optimizer = _optimizer(stack, recipe)
     active, found = list(range(len(jobs))), dict[int, Trained]()
-    total = sum(job.recipe.steps(len(job.examples)) for job in jobs)
     while active:
         groups = [next(runners[i].plan, None) for i in active]
         ended = [k for k, group in enumerate(groups) if group is None]
@@ -104,8 +122,7 @@ def train_side_by_side(
                     f"training subset adapter {i + 1} of {len(jobs)} diverged at step {len(runners[i].losses)} (loss "
                     f"{loss}); try a smaller learning rate than {recipe.learning_rate}."
                 )
-        if progress is not None:
-            progress(sum(len(runner.losses) for runner in runners), total)
+        tell(sum(len(runner.losses) for runner in runners))
     return [found[i] for i in range(len(jobs))]
 
 

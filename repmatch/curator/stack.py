@@ -77,6 +77,22 @@ class AdapterStack:
         other.b = {name: value.detach()[at].clone().requires_grad_(True) for name, value in self.b.items()}
         return other
 
+    def joined(self, others: Sequence[AdapterStack]) -> AdapterStack:
+        """Return a stack of this one's adapters and those of others, as they are now.
+
+        Args:
+            others: stacks of the same space and model.
+
+        Returns:
+            The stack, with leaves of its own.
+        """
+        every = [self, *others]
+        joined = copy.copy(self)
+        joined.size = sum(stack.size for stack in every)
+        joined.a = {n: torch.cat([s.a[n].detach() for s in every]).requires_grad_(True) for n in self.a}
+        joined.b = {n: torch.cat([s.b[n].detach() for s in every]).requires_grad_(True) for n in self.b}
+        return joined
+
     @property
     def parameters(self) -> list[Tensor]:
         """Every A, then every B."""
@@ -94,15 +110,19 @@ class AdapterStack:
         try:
             for matrix in self.space.matrices:
                 hook = partial(self._add, matrix.name)
-                handles.append(modules[matrix.name].register_forward_hook(hook))
+                handles.append(modules[matrix.name].register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add(
+        self, name: str, layer: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
         a, b = self.a[name], self.b[name]
-        x = layers.patches(layer, args[0], self.size)
+        given = layers.given(args, options)
+        layers.refuse_shared(name, given, self.size)
+        x = layers.patches(layer, given, self.size)
         moved = torch.bmm(torch.bmm(x, a.transpose(1, 2).to(x.dtype)), b.transpose(1, 2).to(x.dtype))
         return output + (self.space.alpha / self.space.rank) * layers.like_output(layer, moved, output)
 

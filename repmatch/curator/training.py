@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import start
+from repmatch.curator.layers import given
 from repmatch.curator.tasks import Example, Task
 from repmatch.datamodels import Space
 from repmatch.errors import ModelError
@@ -93,6 +94,7 @@ def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterato
                 weight = layers[matrix.name].lora_A["default"].weight
                 weight.copy_(values.reshape(weight.shape))
                 layers[matrix.name].lora_B["default"].weight.zero_()
+                layers[matrix.name].register_forward_pre_hook(_by_position, with_kwargs=True)
         wrapped.requires_grad_(False)
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_("lora_" in name)
@@ -101,6 +103,11 @@ def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterato
     finally:
         wrapped.unload()
         module.requires_grad_(False)
+
+
+def _by_position(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> Any:
+    """Pass a layer's input by position: peft's layers call it otherwise than torch's do."""
+    return None if args else ((given(args, options),), {})
 
 
 def batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[int]]:

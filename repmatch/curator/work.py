@@ -115,15 +115,11 @@ class Work:
         self._tell("factors", self._done, self._total)
 
     def _look(self, batches: Batches, examples: Sequence[Example]) -> None:
-        from repmatch.curator.tasks import OwnModel
-
-        if isinstance(self._bench.model, OwnModel) and len(examples) > 1:
-            batches.engine.check_apart(batches.task.collate(list(examples[:LOOK])))
         self.detail |= look(batches, self._bench, examples[:LOOK])
 
 
 def look(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dict[str, Any]:
-    """Choose the precision, and on CUDA the batch size, on the first rows of an ingest.
+    """Check the engine and choose the precision, and on CUDA the batch size, on the first rows of an ingest.
 
     Args:
         batches: are set accordingly.
@@ -132,10 +128,14 @@ def look(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dic
 
     Returns:
         What was chosen and measured.
+
+    Raises:
+        ModelError: the model does not call an adapted layer, or instances of a batch see each other.
     """
-    from repmatch.curator import precision
+    from repmatch.curator import precision, trial
     from repmatch.curator.memory import Meter, fitting_tokens
 
+    trial.check(batches.engine, batches.task, examples)
     few = batches.task.collate(list(examples))
     detail: dict[str, Any] = {}
     chosen, agreement = precision.choose(batches.engine, few)

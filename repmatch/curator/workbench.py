@@ -186,7 +186,7 @@ class Workbench:
             The model, shared by all callers: leave it as it was.
         """
         if isinstance(self.model, OwnModel):
-            return self.model.module.eval().requires_grad_(False).to(self.device)
+            return _layer_by_layer(self.model.module.eval().requires_grad_(False).to(self.device))
         count = labels if self.space.task in _CLASSED else 2
         return _module(self.model, self.space.task, count, self.space.seed).to(self.device)
 
@@ -224,6 +224,20 @@ class Workbench:
         """
         names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
         return FactorEngine(self.start(names), self.space, (task or self.task(names)).losses, self.device)
+
+
+def _layer_by_layer(module: nn.Module) -> nn.Module:
+    """Let torch's encoders call their layers and keep padded rows as they are.
+
+    Once frozen they would pack rows of unlike length into a nested tensor and run each layer as one operation, past
+    what adapts its parts.
+    """
+    for part in module.modules():
+        if isinstance(part, torch.nn.TransformerEncoder):
+            part.use_nested_tensor = False
+        if isinstance(part, torch.nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # asked for by the one operation alone
+    return module
 
 
 def _parts(settings: Settings, form: str | None) -> tuple[base_models.BaseModel, dict[str, Any]]:

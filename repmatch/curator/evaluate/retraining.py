@@ -25,7 +25,7 @@ from repmatch.curator.evaluate.lower import LowerLayers
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
-from repmatch.errors import ModelError, UsageError
+from repmatch.errors import ModelError, SharedUseError, UsageError
 
 if TYPE_CHECKING:
     from repmatch.curator.classification import Example
@@ -151,6 +151,21 @@ class Retrainer:
         Raises:
             ModelError: a loss is not finite.
         """
+        steps, tell = self.recipe.steps, progress or (lambda *_: None)
+        self._prepare([*(e for job in jobs for e in job.examples), *test])
+        try:
+            return self._retrained(jobs, test, lambda done: tell(done, steps))
+        except SharedUseError:  # a layer works once for all rows of a batch: one training after the other
+            found: list[Outcome] = []
+            for at, job in enumerate(jobs):
+
+                def part(done: int, at: int = at) -> None:
+                    tell((at * steps + done) // len(jobs), steps)
+
+                found += self._retrained([job], test, part)
+            return found
+
+    def _retrained(self, jobs: Sequence[Job], test: Sequence[Example], tell: Callable[[int], None]) -> list[Outcome]:
         began, recipe = time.monotonic(), self.recipe
         seeds = [job.seed for job in jobs]
         stack = AdapterStack(self.module, self.space, seeds, self.device)
@@ -160,7 +175,6 @@ class Retrainer:
         )
         orders = [list(order(job.examples, job.seed, recipe)) for job in jobs]
         losses: list[NDArray[np.float32]] = []
-        self._prepare([*(e for job in jobs for e in job.examples), *test])
         with self._shortened(), stack.attached(), heads.attached():
             for step in range(recipe.steps):
                 chosen = [job.examples[i] for job, found in zip(jobs, orders, strict=True) for i in found[step]]
@@ -171,8 +185,7 @@ class Retrainer:
                         f"try a smaller learning rate than {recipe.learning_rate}."
                     )
                 losses.append(loss)
-                if progress is not None:
-                    progress(step + 1, recipe.steps)
+                tell(step + 1)
             right = self._test(test, len(jobs))
         tail = np.mean(losses[-max(1, recipe.steps // 10) :], axis=0)
         seconds = (time.monotonic() - began) / len(jobs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator.tasks.head_loss import linear_cross_entropy
+from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
 from repmatch.errors import InputError, ModelError
@@ -53,7 +54,7 @@ class CausalLanguage:
         self.template = template
         self.max_length = max_length
         self._field = messages_field
-        self._short: bool | None = None
+        self._short = ShortHead(_short_logits)
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenize rows.
@@ -140,7 +141,7 @@ class CausalLanguage:
         """Compute the mean cross entropy of each instance's completion.
 
         The vocabulary's logits are made at the completion's positions only, where the model allows it: that is tried
-        on the first batch and given up where it does not equal the model's own logits.
+        on the first batch of a model and given up where it does not equal the model's own logits.
 
         Args:
             module: a causal language model of transformers.
@@ -155,9 +156,7 @@ class CausalLanguage:
         targets = inputs["labels"][:, 1:]
         keep = targets != IGNORED
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        if self._short is None:
-            self._short = _short_is_right(module, given, keep)
-        if not self._short:
+        if not self._short.is_right(module, given):
             logits = module(**given, use_cache=False).logits[:, :-1][keep].float()
             return mean_over_instances(functional.cross_entropy(logits, targets[keep], reduction="none"), keep)
         hidden, head = _before_head(module, given, keep)
@@ -188,14 +187,8 @@ def _before_head(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> tupl
     return hidden[keep], module.get_output_embeddings()
 
 
-def _short_is_right(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> bool:
-    """Whether the logits of a few positions can be had without those of all others."""
-    few = {name: value[:1] for name, value in given.items()}
-    with torch.no_grad():
-        try:
-            hidden, head = _before_head(module, few, keep[:1])
-            short = head(hidden)
-        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-            return False
-        full = module(**few, use_cache=False).logits[:, :-1][keep[:1]]
-    return short.shape == full.shape and torch.allclose(short.float(), full.float(), rtol=1e-3, atol=1e-4)
+def _short_logits(module: Any, given: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    """The logits at the positions that count, (k, vocabulary)."""
+    hidden = module.base_model(**given, use_cache=False)[0][keep]
+    logits: Tensor = module.get_output_embeddings()(hidden)
+    return logits

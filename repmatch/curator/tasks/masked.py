@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import start
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.tasks.causal import IGNORED, mean_over_instances
+from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
 from repmatch.errors import ModelError
@@ -45,7 +45,7 @@ class MaskedLanguage(SequenceClassification):
         if tokenizer.mask_token_id is None:
             raise ModelError("the tokenizer of this model has no mask token; expected one for --task masked-lm.")
         self._seed = seed
-        self._short: bool | None = None
+        self._short = ShortHead(_short_logits)
 
     def target(self, row: Row) -> None:
         """Return nothing: the text is its own target."""
@@ -94,9 +94,8 @@ class MaskedLanguage(SequenceClassification):
             module = unwrap()
         features = {name: value for name, value in inputs.items() if name != "labels"}
         keep = inputs["labels"] != IGNORED
-        if self._short is None:
-            self._short = _short_is_right(module, features, keep)
-        logits = (_short_logits(module, features, keep) if self._short else module(**features).logits[keep]).float()
+        short = self._short.is_right(module, features)
+        logits = (_short_logits(module, features, keep) if short else module(**features).logits[keep]).float()
         return mean_over_instances(functional.cross_entropy(logits, inputs["labels"][keep], reduction="none"), keep)
 
 
@@ -105,14 +104,3 @@ def _short_logits(module: Any, features: Mapping[str, Tensor], keep: Tensor) -> 
     (head,) = [child for child in module.children() if child is not module.base_model]
     logits: Tensor = head(module.base_model(**features)[0][keep])
     return logits
-
-
-def _short_is_right(module: Any, features: Mapping[str, Tensor], keep: Tensor) -> bool:
-    few, some = {name: value[:1] for name, value in features.items()}, keep[:1]
-    with torch.no_grad():
-        try:
-            short = _short_logits(module, few, some)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            return False
-        full = module(**few).logits[some]
-    return short.shape == full.shape and torch.allclose(short.float(), full.float(), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,106 @@
+"""What is tried on the first rows of an ingest: whether the factors that a batch gives are those of its instances."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from repmatch.errors import ModelError, quote_list
+
+if TYPE_CHECKING:
+    from repmatch.curator.engine import FactorEngine
+    from repmatch.curator.tasks import Example, Task
+
+logger = logging.getLogger(__name__)
+
+# How far an instance's gradient may move by the company it keeps. Rounding moves it by 1e-4 at most in float32; weights
+# of less precision move it by more. What is this small beside the instance's largest matrix is rounding alone.
+_SLACK = 1e-2
+_ROUGH_SLACK = 0.3
+_NOTHING = 1e-5
+
+
+def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None:
+    """Check that every adapted layer is run, and that a batch gives each instance the gradient that it has alone.
+
+    Two instances of unlike length are computed, together and alone, so that it costs little with large models.
+
+    Args:
+        engine: the factor engine.
+        task: collates.
+        examples: the first rows, one or more.
+
+    Raises:
+        ModelError: a layer is not run, or instances see each other.
+    """
+    pair = _unlike(examples)
+    alone = [engine.gradients(task.collate([example]))[0] for example in pair]
+    _check_reached(engine, task, examples)
+    if len(pair) > 1:
+        _check_apart(engine, alone, engine.gradients(task.collate(pair))[0])
+    _warn_of_zeros(engine, task, examples, alone)
+
+
+def _unlike(examples: Sequence[Example]) -> list[Example]:
+    """The shortest instance and the middle one, or the longest where these are alike."""
+    ordered = sorted(examples, key=lambda example: example.tokens)
+    middle = ordered[len(ordered) // 2]
+    return [ordered[0], middle if middle.tokens > ordered[0].tokens else ordered[-1]][: len(ordered)]
+
+
+def _check_reached(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None:
+    if _not_reached(engine):
+        # Two rows may not be enough for a module that runs a layer for some rows only.
+        engine.gradients(task.collate(list(examples)))
+    lost = _not_reached(engine)
+    if lost:
+        raise ModelError(
+            f"the model does not call {quote_list(lost, 5)}, so that there is nothing to adapt; expected layers that "
+            "are called as modules. (Attention of torch.nn, for one, reads the weight of its out_proj past the layer.) "
+            "Name others with --targets."
+        )
+
+
+def _not_reached(engine: FactorEngine) -> list[str]:
+    return [m.name for m in engine.space.matrices if m.name not in engine.reached]
+
+
+def _warn_of_zeros(
+    engine: FactorEngine, task: Task, examples: Sequence[Example], alone: Sequence[dict[str, Tensor]]
+) -> None:
+    lost = [m.name for m in engine.space.matrices if not any(bool(found[m.name].any()) for found in alone)]
+    if lost and len(examples) > len(alone):
+        every = engine.gradients(task.collate(list(examples)))[0]
+        lost = [name for name in lost if not bool(every[name].any())]
+    if lost:
+        logger.warning(
+            "the gradient of %s is zero for each of the first %d rows: its factors are zero and say nothing",
+            quote_list(lost, 5),
+            len(examples),
+        )
+
+
+def _check_apart(engine: FactorEngine, alone: Sequence[dict[str, Tensor]], together: dict[str, Tensor]) -> None:
+    slack = _ROUGH_SLACK if _is_rough(engine) else _SLACK
+    for at, found in enumerate(alone):
+        ones = {name: gradient[0].flatten().double().cpu() for name, gradient in found.items()}
+        largest = max(float(one.norm()) for one in ones.values())
+        for name, one in ones.items():
+            difference = float((one - together[name][at].flatten().double().cpu()).norm())
+            if not torch.isfinite(one).all() or difference <= slack * float(one.norm()) + _NOTHING * largest:
+                continue
+            raise ModelError(
+                f"the gradient of {name!r} for one instance is another in a batch of two (relative difference "
+                f"{difference / max(float(one.norm()), 1e-300):.2g}); expected instances that do not see each other. "
+                "Keep the batch in the first dimension, mask the padding, and use no batch statistics; of a model that "
+                "is not your own adapt other layers with --targets, or name another with --model."
+            )
+
+
+def _is_rough(engine: FactorEngine) -> bool:
+    """Whether some weights have less precision than float32, or are quantised."""
+    return any(not p.is_floating_point() or p.element_size() < 4 for p in engine.module.parameters())
