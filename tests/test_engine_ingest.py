@@ -264,6 +264,8 @@ def test_a_module_of_ones_own_goes_in(tmp_path: Path) -> None:
         curator = repmatch.Curator(store, settings=settings)
         assert curator.ingest(file, "r").new == 20
         assert curator.nearest("r", text=str(toy_rows()[3]["text"]), label="yes", k=1).ids == ("toy-3",)
+        with pytest.raises(UsageError, match="surrogate"):
+            curator.nearest("r", text="half \ud800", label="yes")
         assert len(curator.score("r").ids) == 20
         other = OwnModel(GatedLstm(len(WORDS) + 1, 2, seed=1), WordTask(), "gates")
         with pytest.raises(repmatch.RepMatchError, match="model_fingerprint"):

@@ -47,7 +47,9 @@ def test_a_tilde_is_the_home_folder_and_nothing_else(tmp_path: Path, monkeypatch
     assert (here / "~" / NAME).exists()
 
 
-@pytest.mark.parametrize(("name", "message"), [("", "empty"), ("a?b", "a question mark"), ("a\\b", "a backslash")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "empty"), ("\udcff", "not UTF-8"), ("a?b", "a question mark"), ("a\\b", "a backslash")]
+)
 def test_names_that_duckdb_would_cut_are_refused(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +57,12 @@ def test_names_that_duckdb_would_cut_are_refused(
     with pytest.raises(UsageError, match=message):
         stores.open(name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
+    for mode in ("r", "w", None):
+        with pytest.raises(StoreError, match="too long"):
+            stores.open(tmp_path / ("x" * 300), mode=mode)
 
 
 def test_a_file_of_another_kind_loads_no_extension(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from repmatch.curator.settings import Settings
 from repmatch.curator.tabular import Tabular
 from repmatch.datamodels import Factors, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
+from repmatch.printable import shorten
 from repmatch.similarity import chance, mean_scores
 from repmatch.store.encoding import RowFormat
+from repmatch.store.records import encodable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -125,11 +127,14 @@ def nearest_to_text(
 
     Raises:
         UnknownNameError: the dataset has no such label.
-        UsageError: the text is empty.
+        UsageError: the text is empty or no text, or its parts are not those of the dataset's rows.
     """
     _check_k(k)
     if not row.text.strip():
         raise UsageError("the text is empty; expected some words after --text.")
+    for text in (row.text, row.text_pair or ""):
+        if not encodable(text):
+            raise UsageError(f"the text {shorten(text)!a} holds half of a surrogate pair; expected whole characters.")
     known = store.dataset(dataset)
     if row.label and known.labels and row.label not in known.labels:
         raise UnknownNameError.of("label", row.label, known.labels, f"labels are those of the dataset {dataset!r}")

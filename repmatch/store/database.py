@@ -26,10 +26,14 @@ def folder_of(path: str | Path) -> Path:
         The folder, which may not exist.
 
     Raises:
-        UsageError: the name is empty, or has a character at which DuckDB would cut it.
+        UsageError: the name is empty or no text in UTF-8, or has a character at which DuckDB would cut it.
     """
     if not str(path):
         raise UsageError("the name of the store is empty; expected a folder, such as repmatch-store.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name of the store, {str(path)!r}, is not UTF-8; choose another folder.") from error
     folder = Path(path)
     with suppress(RuntimeError):  # "~nobody", where there is no such user, is a name like others
         folder = folder.expanduser()

@@ -87,6 +87,8 @@ def check_plain(folder: Path) -> None:
             continue
         except PermissionError as error:
             raise StoreError(f"{place} cannot be read: {error.strerror}. Change the permissions.") from error
+        except OSError as error:  # a name too long, a disk that fails
+            raise StoreError(f"{place} cannot be read: {error.strerror}. Name another folder with --store.") from error
 
 
 def open_to_write(path: Path, flags: int) -> int:
