@@ -29,7 +29,7 @@ from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import OwnModel
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, UsageError
 
 
 def ingested(run: Run, store: Path, file: Path, name: str, *more: object) -> dict[str, Any]:

@@ -307,8 +307,8 @@ def test_the_loss_behind_a_head_is_cross_entropy_piece_by_piece(bias: bool, monk
         monkeypatch.setattr(head_loss, "_CPU_PIECE", piece)
         monkeypatch.setattr(head_loss, "_CPU_ROWS", rows)
         found = head_loss.linear_cross_entropy(hidden, head, targets)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad(found @ weights, hidden)[0], gradient)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)  # logits reach 100
+        torch.testing.assert_close(torch.autograd.grad(found @ weights, hidden)[0], gradient, rtol=1e-4, atol=1e-3)
     for broken in (torch.nan, torch.inf):
         with torch.no_grad():
             found = head_loss.linear_cross_entropy(hidden.masked_fill(torch.eye(7, 6) == 1, broken), head, targets)
