@@ -158,9 +158,10 @@ warm_start_option = click.option(
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
     """Put rows and their instance factors into the store.
 
-    FILE is JSON lines, CSV, TSV or Parquet, '-' for JSON lines on standard input, or hf:NAME for a dataset of the
-    Hugging Face hub. Run it again after an interruption and it goes on; unchanged rows cost nothing, changed ones are
-    computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
+    FILE is JSON lines, CSV, TSV or Parquet, '-' for JSON lines on standard input, hf:NAME for a dataset of the
+    Hugging Face hub, or, for image-classification, a folder with a subfolder for each class. Run it again after an
+    interruption and it goes on; unchanged rows cost nothing, changed ones are computed again, new ones are added. Bad
+    rows are listed with their reasons and left out, and the exit code is 1.
     """
     wait = given.pop("wait")
     cluster = cluster_of(given, context.output)

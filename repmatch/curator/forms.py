@@ -5,16 +5,14 @@ Nothing here needs torch: rows are read and checked before a model is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from repmatch.curator.records import RowProblem, shown
-from repmatch.errors import MissingExtraError, UnknownChoiceError
+from repmatch.errors import UnknownChoiceError
 
 DEFAULT_TASK = "sequence-classification"
 
@@ -27,7 +25,7 @@ class TaskKind:
         name: the task's name.
         form: what its columns hold: "classes" (text, maybe a second text, one of some labels), "numbers" (a number as
             the label), "texts" (the label is optional), "completion" (prompt and completion), "messages" (a
-            conversation) or "images" (the path of an image file, and a label).
+            conversation) or "images" (an image, see `repmatch.curator.pictures`, and a label).
         text_field: default column with the text.
         pair_field: default column with the second text; None: none.
         about: one line for the help.
@@ -161,50 +159,3 @@ def optional_label(value: Any) -> str:
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     return ""
-
-
-def image_path(text: str, source: str) -> Path:
-    """Return where an image lies.
-
-    Args:
-        text: the path in the row.
-        source: the file the row came from; a relative path is relative to its folder.
-
-    Returns:
-        The path.
-    """
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else Path(source).expanduser().absolute().parent / path
-
-
-def image_digest(text: str, source: str, column: str) -> str:
-    """Check that an image can be read, and hash its file.
-
-    Args:
-        text: the path in the row.
-        source: the file the row came from.
-        column: the column's name.
-
-    Returns:
-        BLAKE2b digest of the file's bytes.
-
-    Raises:
-        RowProblem: there is no such file, or it is no image.
-        MissingExtraError: Pillow is not installed.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingExtraError("reading images", "images") from None
-    path = image_path(text, source)
-    try:
-        with Image.open(path) as image:
-            image.load()
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RowProblem(
-            f"the image {str(path)!r} of column {column!r} cannot be read ({reason}); expected the path of an image "
-            "file, relative paths from the rows' folder. Fix the row or the file."
-        ) from None

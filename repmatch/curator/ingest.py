@@ -21,6 +21,7 @@ from repmatch.store.records import united_columns
 
 if TYPE_CHECKING:
     from repmatch.curator.cluster.connection import ClusterOptions
+    from repmatch.curator.sources import Source
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Stage, StageSummary, Store
 
@@ -94,7 +95,7 @@ class IngestReport:
 
 def ingest(
     store: Store,
-    sources: Sequence[str],
+    sources: Sequence[str | Source],
     dataset: str,
     settings: Settings,
     options: IngestOptions,
@@ -107,7 +108,8 @@ def ingest(
 
     Args:
         store: the store, writable.
-        sources: files, "-" for JSON lines on standard input, or "hf:NAME".
+        sources: files, "-" for JSON lines on standard input, or "hf:NAME"; of images also folders. Or what
+            `repmatch.curator.sources.find` returned.
         dataset: name of the dataset to make or extend.
         settings: the space; for a dataset that exists it must be the dataset's own.
         options: columns, encoding, strictness.
@@ -129,12 +131,13 @@ def ingest(
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
         rejected = _listed(stage.rejected(limit=10), first.rejected)
-        _refuse(dataset, sources, options, rejected, first)
+        names = [str(source) for source in sources]
+        _refuse(dataset, names, options, rejected, first)
         record = _record(dataset, reader, known, first.labels, options, rejected)
         done, truncated = 0, 0
         lost: list[BadRow] = []
         detail: dict[str, Any] = {}
-        arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash}
+        arguments = {"dataset": dataset, "sources": names, "input": reader.input_hash}
         if options.shard is not None:
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:

@@ -70,7 +70,6 @@ class Settings:
             raise UsageError(f"--batch-tokens {self.batch_tokens} is too small; expected 16 or more.")
         if self.alpha is not None and not self.alpha > 0:
             raise UsageError(f"alpha {self.alpha} is out of range; expected a positive number.")
-
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UsageError(f"--steps {self.steps} is out of range; expected 1 to 1000.")
         if self.learning_rate is not None and not self.learning_rate > 0:
@@ -81,6 +80,9 @@ class Settings:
             if self.own is not None:
                 raise UsageError(f"task={self.task!r} goes with a base model; a model of one's own brings its task.")
             task_kind(self.task)
+        if self.own is None and self.kind.form == "images" and (self.max_length or self.template):
+            option = f"--max-length {self.max_length}" if self.max_length else f"--template {self.template}"
+            raise UsageError(f"{option} goes with texts, not with --task image-classification; leave it out.")
 
     @property
     def own(self) -> OwnModel | None:

@@ -156,7 +156,7 @@ class Workbench:
 
         Args:
             labels: its labels.
-            fields: its columns; needed for conversations only.
+            fields: its columns; needed for conversations and images.
 
         Returns:
             A `repmatch.curator.tasks.Task`.
@@ -167,7 +167,9 @@ class Workbench:
             own.labels = tuple(labels)
             return own
         if space.task == images.NAME:
-            return images.ImageClassification(_pixels(self.model), labels)
+            return images.ImageClassification(
+                _pixels(self.model), labels, images.COLUMN if fields is None else fields.text_field
+            )
         tokenizer = _tokenizer(self.model)
         if space.task == causal.NAME:
             column = fields.text_field if fields is not None and fields.form == "messages" else None
