@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -183,6 +183,9 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         output.warn(f"{row.source}:{row.line}: {row.reason}")
     if report.quarantined > len(report.bad):
         output.warn(f"and {report.quarantined - len(report.bad)} bad rows more; repmatch info lists counts")
+    computed = _computed_in(report.detail)
+    if computed:
+        output.hint(computed)
     cost = report.detail.get("sign_error")
     if cost:
         output.hint(
@@ -206,6 +209,21 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         )
     if report.quarantined:
         raise SystemExit(1)
+
+
+def _computed_in(detail: Mapping[str, Any]) -> str | None:
+    """Say in what the factors were computed; None where that is float32 and nothing else was tried."""
+    tried = dict(detail.get("agreement_with_float32", {}))
+    if not tried:
+        return None
+    from repmatch.curator.precision import LEAST_AGREEMENT
+
+    chosen = detail["precision"]
+    text = f"computed in {chosen} on {detail['device']}"
+    if chosen in tried:
+        text += f", squared cosine with float32 {tried.pop(chosen):.5f} on the first rows"
+    refused = " and ".join(f"{name} ({value:.5f})" for name, value in tried.items())
+    return text + (f"; not in {refused}: below {LEAST_AGREEMENT}." if refused else ".")
 
 
 _FIELDS = ("id_field", "text_field", "text_pair_field", "label_field")

@@ -72,7 +72,8 @@ class IngestReport:
         computed: instance factors computed now.
         seconds: wall time.
         bad: the first bad rows.
-        detail: what was measured on the way: the precision used, what the encoding costs.
+        detail: what was measured on the way: the device and precision used, how far the factors of each precision that
+            was tried agree with float32, what the encoding costs.
     """
 
     dataset: str
@@ -88,9 +89,16 @@ class IngestReport:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """Return the fields that `--json` prints."""
+        """Return the fields that `--json` prints; what was not measured, because nothing was computed, is None."""
         names = ("dataset", "rows", "new", "unchanged", "changed", "quarantined")
-        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seconds": round(self.seconds, 3),
+            "device": self.detail.get("device"),
+            "precision": self.detail.get("precision"),
+            "agreement": self.detail.get("agreement_with_float32"),
+            "sign_error": self.detail.get("sign_error"),
+        }
 
 
 def ingest(
