@@ -29,7 +29,7 @@ from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import OwnModel
 from repmatch.curator.workbench import Workbench
 from repmatch.datamodels import Row
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, UsageError
 
 
 def ingested(run: Run, store: Path, file: Path, name: str, *more: object) -> dict[str, Any]:
@@ -691,3 +691,23 @@ def test_the_precision_is_told(run: Run, tmp_path: Path, tiny_model: Path, monke
         result = run("--store", tmp_path / chosen, *given, "--json")
         assert line in result.err
         assert (result.objects[0]["precision"], result.objects[0]["agreement"]) == (chosen, measured)
+
+
+def test_steps_that_diverge_are_blamed_and_not_the_text(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    rows: list[dict[str, object]] = [{"id": str(i), "text": t, "label": i % 2} for i, t in enumerate(sentences(4, 2))]
+    file = write_rows(tmp_path / "r.jsonl", rows)
+    given = ("ingest", file, "--dataset", "d", "--model", tiny_model, "--device", "cpu", "--optimizer", "sgd")
+    result = run("--store", tmp_path / "s", *given, "--learning-rate", "1e30", "--steps", 10)
+    assert (
+        "after 10 steps of sgd at the learning rate 1e+30 the adapter holds values that are not finite; expected "
+        "finite numbers. The steps diverge: take a smaller --learning-rate or fewer --steps\n" in result.err
+    )
+    assert "cannot learn" not in result.err
+
+
+def test_a_form_that_does_not_exist_is_named() -> None:
+    class Odd(WordTask):
+        form = "clases"
+
+    with pytest.raises(UsageError, match=r"there is no form 'clases'; did you mean 'classes'\?"):
+        OwnModel(GatedLstm(3, 2), Odd())

@@ -129,8 +129,7 @@ class RowMaker:
         if form == "messages":
             messages = forms.conversation(value.get(fields.text_field), fields.text_field)
             text, pair = forms.dialogue(messages[:-1]), messages[-1]["content"]
-            plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(plain)
+            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(messages)
         encode = encode_basestring_ascii  # canonical JSON of a str
         if form == "images":
             picture, label = self._picture(value), self._label(value)

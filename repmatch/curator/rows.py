@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from repmatch.curator.forms import TaskKind, task_kind
+from repmatch.curator.forms import TaskKind, messages_in, task_kind
 from repmatch.curator.records import BadRecord, Record
 from repmatch.curator.rowmaker import MAX_NAME_CHARS, MAX_TEXT_CHARS, RowMaker
 from repmatch.curator.sources import Source, find
@@ -254,7 +254,7 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
     if form == "completion":
         if choice.text_field is None and text not in (values[0] if values else ()) and _has(values, "messages"):
             text = "messages"
-        if values and isinstance(values[0].get(text), list):
+        if values and _talks(values, text, pair or kind.pair_field or ""):
             return Fields(id_field, text, None, label, "messages")
         return Fields(id_field, text, pair or kind.pair_field, label, form)
     if form == "images":
@@ -269,6 +269,13 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
 
 def _has(values: Sequence[Mapping[str, Any]], column: str) -> bool:
     return any(column in value for value in values)
+
+
+def _talks(values: Sequence[Mapping[str, Any]], text: str, pair: str) -> bool:
+    """Whether a column holds conversations: lists, or, where no completion stands beside it, their JSON text."""
+    if isinstance(values[0].get(text), list):
+        return True
+    return not _has(values, pair) and any(isinstance(messages_in(value.get(text)), list) for value in values)
 
 
 def _check_choice(choice: FieldChoice) -> None:
