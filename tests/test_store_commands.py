@@ -148,6 +148,7 @@ def test_info_tells_spaces_apart() -> None:
         ({"optimizer": {"name": "sgd", "lr": 0.1, "steps": 5}}, [], ["sgd 0.1 x5", "cold"]),
         ({"warm_start": "c" * 32}, [], ["adamw 0.001", "warm cccccccc"]),
         ({"matrices": ["v"]}, ["names"], ["cold", "v"]),
+        ({"optimizer": 3, "model": ["x"]}, [], [0, "3", "cold"]),  # a store of another's may hold anything
         ({"alpha": 8.0, "template": "u"}, ["alpha", "template"], ["cold", 8.0, "u"]),
         ({"model_fingerprint": "3" * 64}, ["weights"], ["cold", "33333333"]),
     ]

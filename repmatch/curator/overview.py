@@ -103,6 +103,7 @@ def render(found: dict[str, Any], output: Output) -> None:
         )
 
 
+# A store may be another's and hold anything: nothing here asks more of a value than that it can be written.
 _Column = tuple[str, Callable[[Mapping[str, Any]], object]]
 _SPACE: tuple[_Column, ...] = (
     ("model", lambda s: s["model"]),
@@ -112,27 +113,29 @@ _SPACE: tuple[_Column, ...] = (
     ("max length", lambda s: s["max_length"]),
     ("seed", lambda s: s["seed"]),
     ("step", lambda s: _step(s["optimizer"])),
-    ("start", lambda s: "cold" if s["warm_start"] is None else f"warm {s['warm_start'][:8]}"),
+    ("start", lambda s: "cold" if s["warm_start"] is None else f"warm {str(s['warm_start'])[:8]}"),
 )
 # Shown where the others are the same for two spaces.
 _RARE: tuple[_Column, ...] = (
     ("alpha", lambda s: s["alpha"]),
     ("template", lambda s: s["template"]),
-    ("weights", lambda s: s["model_fingerprint"][:8]),
-    ("tokenizer", lambda s: s["tokenizer_fingerprint"][:8]),
-    ("names", lambda s: ",".join(s["matrices"])),
+    ("weights", lambda s: str(s["model_fingerprint"])[:8]),
+    ("tokenizer", lambda s: str(s["tokenizer_fingerprint"])[:8]),
+    ("names", lambda s: ",".join(map(str, s["matrices"]))),
 )
 
 
 def _spaces(spaces: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
     """The header and rows of a table in which no two spaces look alike."""
     columns = list(_SPACE)
-    if len({tuple(cell(s) for _, cell in columns) for s in spaces}) < len(spaces):
-        columns += [(name, cell) for name, cell in _RARE if len({cell(s) for s in spaces}) > 1]
+    if len({str([cell(s) for _, cell in columns]) for s in spaces}) < len(spaces):
+        columns += [(name, cell) for name, cell in _RARE if len({str(cell(s)) for s in spaces}) > 1]
     rows = [[s["id"][:8], *(cell(s) for _, cell in columns)] for s in spaces]
     return ["space", *(name for name, _ in columns)], rows
 
 
-def _step(optimizer: Mapping[str, Any]) -> str:
-    steps = f" x{optimizer['steps']}" if optimizer.get("steps", 1) > 1 else ""
-    return f"{optimizer['name']} {optimizer['lr']:g}{steps}"
+def _step(optimizer: Any) -> str:
+    if not isinstance(optimizer, Mapping):
+        return str(optimizer)
+    steps = optimizer.get("steps", 1)
+    return f"{optimizer.get('name')} {optimizer.get('lr')}" + ("" if steps == 1 else f" x{steps}")

@@ -15,6 +15,7 @@ from repmatch.curator import base_models, classification, targets
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.optimizers import instance_step
+from repmatch.curator.quantised import make_ready
 from repmatch.curator.settings import (
     DEFAULT_ALPHA,
     DEFAULT_MAX_LENGTH,
@@ -190,7 +191,7 @@ class Workbench:
             The model, shared by all callers: leave it as it was.
         """
         if isinstance(self.model, OwnModel):
-            return self.model.module.eval().requires_grad_(False).to(self.device)
+            return make_ready(self.model.module.eval().requires_grad_(False)).to(self.device)
         count = labels if self.space.task in _CLASSED else 2
         return _module(self.model, self.space.task, count, self.space.seed).to(self.device)
 
@@ -332,8 +333,7 @@ def _module(model: base_models.BaseModel, task: str, labels: int, seed: int) -> 
     module: Any = base_models.load_module(model, task, labels, seed)
     if task != images.NAME and getattr(module.config, "pad_token_id", None) is None:
         module.config.pad_token_id = _tokenizer(model).pad_token_id  # a decoder's head reads the last token before it
-    made: nn.Module = module
-    return made
+    return make_ready(module)
 
 
 @lru_cache(maxsize=4)

@@ -250,8 +250,13 @@ def _bytes(folder: Path, pattern: str) -> int:
 def _about_space(space: Any) -> dict[str, Any]:
     about = {name: getattr(space, name) for name in ("id", "model", "task", "rank", "alpha", "seed", "warm_start")}
     more = {name: getattr(space, name) for name in ("template", "model_fingerprint", "tokenizer_fingerprint")}
-    step = {"optimizer": dict(space.optimizer)}
-    return {**about, **more, **step, "max_length": space.max_length, "matrices": list(space.layout.names)}
+    return {
+        **about,
+        **more,
+        "optimizer": space.optimizer,
+        "max_length": space.max_length,
+        "matrices": list(space.layout.names),
+    }
 
 
 def _check_tables(conn: Any) -> Iterator[Finding]:
