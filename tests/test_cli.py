@@ -23,7 +23,8 @@ def test_ingest_reports_and_does_nothing_the_second_time(
     first = run("--store", store, "ingest", toy_file, "--dataset", "toy", "--model", tiny_model, "--json")
     assert first.code == 0
     (report,) = first.objects
-    assert set(report) == {"dataset", "rows", "new", "unchanged", "changed", "quarantined", "seconds"}
+    counts = {"dataset", "rows", "new", "unchanged", "changed", "quarantined", "seconds"}
+    assert set(report) == counts | {"device", "precision", "agreement", "sign_error"}
     assert (report["rows"], report["new"], report["quarantined"]) == (60, 60, 0)
     second = run("--store", store, "ingest", toy_file, "--dataset", "toy", "--json")
     assert (second.objects[0]["new"], second.objects[0]["unchanged"]) == (0, 60)

@@ -660,3 +660,56 @@ def test_rows_without_a_finite_loss_at_the_beginning_leave_the_bytes_the_same(tm
     for found in streams[1:]:
         for (one, _), (other, _) in zip(found, streams[0], strict=True):
             assert one.values.tobytes() == other.values.tobytes()
+
+
+def test_the_precision_is_told(run: Run, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, object]] = [{"id": str(i), "text": t, "label": i % 2} for i, t in enumerate(sentences(6, 2))]
+    file = write_rows(tmp_path / "r.jsonl", rows)
+    given = ("ingest", file, "--dataset", "d", "--model", tiny_model, "--device", "cpu")
+    plain = run("--store", tmp_path / "plain", *given)
+    assert "computed" not in plain.err
+    signs = run("--store", tmp_path / "signs", *given, "--encoding", "sign", "--json").objects[0]
+    assert (signs["device"], signs["precision"], signs["agreement"]) == ("cpu", "float32", None)
+    assert set(signs["sign_error"]) == {"instances", "mean", "first_percentile", "minimum"}  # type: ignore[call-overload]
+    again = run("--store", tmp_path / "signs", *given, "--json").objects[0]
+    assert (again["unchanged"], again["device"], again["precision"], again["sign_error"]) == (6, None, None, None)
+
+    cases: list[tuple[str, dict[str, float], str]] = [
+        ("bf16", {"bf16": 0.9998}, "computed in bf16 on cpu, squared cosine with float32 0.99980 on the first rows.\n"),
+        (
+            "tf32",
+            {"bf16": 0.5, "tf32": 0.9999},
+            "computed in tf32 on cpu, squared cosine with float32 0.99990 on the first rows; not in bf16 (0.50000): "
+            "below 0.999.\n",
+        ),
+        (
+            "float32",
+            {"bf16": 0.5, "tf32": 0.9},
+            "computed in float32 on cpu; not in bf16 (0.50000) and tf32 (0.90000): below 0.999.\n",
+        ),
+    ]
+    for chosen, measured, line in cases:
+        monkeypatch.setattr(precision, "choose", lambda *_, found=(chosen, measured): found)
+        result = run("--store", tmp_path / chosen, *given, "--json")
+        assert line in result.err
+        assert (result.objects[0]["precision"], result.objects[0]["agreement"]) == (chosen, measured)
+
+
+def test_steps_that_diverge_are_blamed_and_not_the_text(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    rows: list[dict[str, object]] = [{"id": str(i), "text": t, "label": i % 2} for i, t in enumerate(sentences(4, 2))]
+    file = write_rows(tmp_path / "r.jsonl", rows)
+    given = ("ingest", file, "--dataset", "d", "--model", tiny_model, "--device", "cpu", "--optimizer", "sgd")
+    result = run("--store", tmp_path / "s", *given, "--learning-rate", "1e30", "--steps", 10)
+    assert (
+        "after 10 steps of sgd at the learning rate 1e+30 the adapter holds values that are not finite; expected "
+        "finite numbers. The steps diverge: take a smaller --learning-rate or fewer --steps\n" in result.err
+    )
+    assert "cannot learn" not in result.err
+
+
+def test_a_form_that_does_not_exist_is_named() -> None:
+    class Odd(WordTask):
+        form = "clases"
+
+    with pytest.raises(UsageError, match=r"there is no form 'clases'; did you mean 'classes'\?"):
+        OwnModel(GatedLstm(3, 2), Odd())

@@ -131,3 +131,41 @@ def test_the_documentation_of_the_store_is_true(toy_store: Path) -> None:
         for name, listed in views.items():
             columns = [re.sub(r"[(:].*", "", word).strip() for word in re.sub(r"\(.*?\)", "", listed).split(", ")]
             assert [c.split(":")[0] for c in columns] == store.sql(f"SELECT * FROM {name} LIMIT 0").columns, name
+
+
+def test_info_tells_spaces_apart() -> None:
+    from repmatch.curator.overview import _spaces
+
+    steps = {"name": "adamw", "lr": 0.001, "eps": 1e-8}
+    one: dict[str, object] = {
+        **{"id": "a" * 32, "model": "m", "task": "masked-lm", "rank": 1, "matrices": ["q"], "max_length": 9, "seed": 0},
+        **{"optimizer": steps, "warm_start": None, "alpha": 4.0, "template": "t"},
+        **{"model_fingerprint": "1" * 64, "tokenizer_fingerprint": "2" * 64},
+    }
+    usual = ["space", "model", "task", "rank", "matrices", "max length", "seed", "step", "start"]
+    changes: list[tuple[dict[str, object], list[str], list[object]]] = [
+        ({"task": "causal-lm"}, [], ["bbbbbbbb", "m", "causal-lm", 1, 1, 9, 0, "adamw 0.001", "cold"]),
+        ({"optimizer": {"name": "sgd", "lr": 0.1, "steps": 5}}, [], ["sgd 0.1 x5", "cold"]),
+        ({"warm_start": "c" * 32}, [], ["adamw 0.001", "warm cccccccc"]),
+        ({"matrices": ["v"]}, ["names"], ["cold", "v"]),
+        ({"optimizer": 3, "model": ["x"]}, [], [0, "3", "cold"]),  # a store of another's may hold anything
+        ({"alpha": 8.0, "template": "u"}, ["alpha", "template"], ["cold", 8.0, "u"]),
+        ({"model_fingerprint": "3" * 64}, ["weights"], ["cold", "33333333"]),
+    ]
+    for change, more, last in changes:
+        header, (first, second) = _spaces([one, {**one, "id": "b" * 32, **change}])
+        assert header == usual + more
+        assert second[-len(last) :] == last
+        assert first[1:] != second[1:]
+
+
+def test_info_shows_task_step_and_start(run: Run, toy_store: Path) -> None:
+    result = run("--store", toy_store, "info")
+    (line,) = [line for line in result.out.splitlines() if "sequence-classification" in line]
+    assert line.split()[-3:] == ["adamw", "0.001", "cold"]
+    (space,) = run("--store", toy_store, "info", "--json").objects[0]["store"]["spaces"]  # type: ignore[index]
+    assert (space["task"], space["optimizer"]["name"], space["template"][:9]) == (
+        "sequence-classification",
+        "adamw",
+        "tokenizer",
+    )

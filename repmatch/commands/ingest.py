@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -158,9 +158,10 @@ warm_start_option = click.option(
 def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: bool, **given: Any) -> None:
     """Put rows and their instance factors into the store.
 
-    FILE is JSON lines, CSV, TSV or Parquet, '-' for JSON lines on standard input, or hf:NAME for a dataset of the
-    Hugging Face hub. Run it again after an interruption and it goes on; unchanged rows cost nothing, changed ones are
-    computed again, new ones are added. Bad rows are listed with their reasons and left out, and the exit code is 1.
+    FILE is JSON lines, CSV, TSV or Parquet, '-' for JSON lines on standard input, hf:NAME for a dataset of the
+    Hugging Face hub, or, for image-classification, a folder with a subfolder for each class. Run it again after an
+    interruption and it goes on; unchanged rows cost nothing, changed ones are computed again, new ones are added. Bad
+    rows are listed with their reasons and left out, and the exit code is 1.
     """
     wait = given.pop("wait")
     cluster = cluster_of(given, context.output)
@@ -182,6 +183,9 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         output.warn(f"{row.source}:{row.line}: {row.reason}")
     if report.quarantined > len(report.bad):
         output.warn(f"and {report.quarantined - len(report.bad)} bad rows more; repmatch info lists counts")
+    computed = _computed_in(report.detail)
+    if computed:
+        output.hint(computed)
     cost = report.detail.get("sign_error")
     if cost:
         output.hint(
@@ -205,6 +209,21 @@ def ingest(context: Context, /, files: tuple[str, ...], dataset: str, as_json: b
         )
     if report.quarantined:
         raise SystemExit(1)
+
+
+def _computed_in(detail: Mapping[str, Any]) -> str | None:
+    """Say in what the factors were computed; None where that is float32 and nothing else was tried."""
+    tried = dict(detail.get("agreement_with_float32", {}))
+    if not tried:
+        return None
+    from repmatch.curator.precision import LEAST_AGREEMENT
+
+    chosen = detail["precision"]
+    text = f"computed in {chosen} on {detail['device']}"
+    if chosen in tried:
+        text += f", squared cosine with float32 {tried.pop(chosen):.5f} on the first rows"
+    refused = " and ".join(f"{name} ({value:.5f})" for name, value in tried.items())
+    return text + (f"; not in {refused}: below {LEAST_AGREEMENT}." if refused else ".")
 
 
 _FIELDS = ("id_field", "text_field", "text_pair_field", "label_field")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -163,7 +163,8 @@ class Batches:
                 tell(len(at))
         finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
         keep = np.flatnonzero(finite).tolist()
-        bad = [_not_finite(rows[i], losses[i], norms[i].max()) for i in np.flatnonzero(~finite).tolist()]
+        lost = np.flatnonzero(~finite).tolist()
+        bad = [_not_finite(rows[i], losses[i], norms[i].max(), self.engine.space.optimizer) for i in lost]
         batch = FactorBatch(
             rows=tuple(rows[i] for i in keep),
             values=values[keep],
@@ -276,14 +277,20 @@ def default_workers(engine: FactorEngine) -> int:
     return torch.get_num_threads() if engine.device.type == "cpu" else 1
 
 
-def _not_finite(row: Row, loss: float, norm: float) -> BadRow:
-    return BadRow(
-        row.source,
-        row.line,
-        row.id,
-        f"the loss is {loss} and the gradient's norm {norm}; expected finite numbers. The model cannot learn from this "
-        "text: look at it, or use another model",
-    )
+def _not_finite(row: Row, loss: float, norm: float, step: Mapping[str, Any]) -> BadRow:
+    if np.isfinite(loss) and np.isfinite(norm):  # at the start all is well
+        count = int(step.get("steps", 1))
+        reason = (
+            f"after {count} step{'s' * (count > 1)} of {step['name']} at the learning rate {step['lr']:g} the adapter "
+            "holds values that are not finite; expected finite numbers. The steps diverge: take a smaller "
+            f"--learning-rate{' or fewer --steps' * (count > 1)}"
+        )
+    else:
+        reason = (
+            f"the loss is {loss} and the gradient's norm {norm}; expected finite numbers. The model cannot learn from "
+            "this row: look at it, or use another model"
+        )
+    return BadRow(row.source, row.line, row.id, reason)
 
 
 def _too_long(tokens: int, error: BaseException) -> ModelError:

@@ -97,7 +97,8 @@ class Curator:
 
         Args:
             source: a file (JSON lines, CSV, Parquet), "-" for standard input, "hf:NAME", or several of them; or a
-                frame: polars, pandas, a `datasets.Dataset`, or anything with Arrow's C stream.
+                frame: polars, pandas, a `datasets.Dataset`, or anything with Arrow's C stream. Of images also a folder
+                with a subfolder for each class.
             dataset: name of the dataset to make or extend.
             fields: columns to read; None: id, text, text_pair and label.
             encoding: "float16" (default), "float32" or "sign".
@@ -108,14 +109,12 @@ class Curator:
         Returns:
             Counts, and the rows that were set aside with reasons.
         """
-        if is_frame(source):
-            with as_file(source) as path:
-                return self.ingest(
-                    path, dataset, fields=fields, encoding=encoding, strict=strict, shard=shard, cluster=cluster
-                )
-        sources = [source] if isinstance(source, str | Path) else list(source)
         part = Shard.parse(shard) if isinstance(shard, str) else shard
         options = IngestOptions(fields or FieldChoice(), encoding, strict, part, cluster)
+        if is_frame(source):
+            with as_file(source) as file:
+                return ingest(self.store, [file], dataset, self.settings, options, self.progress)
+        sources = [source] if isinstance(source, str | Path) else list(source)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:

@@ -5,16 +5,14 @@ Nothing here needs torch: rows are read and checked before a model is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from repmatch.curator.records import RowProblem, shown
-from repmatch.errors import MissingExtraError, UnknownChoiceError
+from repmatch.errors import UnknownChoiceError
 
 DEFAULT_TASK = "sequence-classification"
 
@@ -27,7 +25,7 @@ class TaskKind:
         name: the task's name.
         form: what its columns hold: "classes" (text, maybe a second text, one of some labels), "numbers" (a number as
             the label), "texts" (the label is optional), "completion" (prompt and completion), "messages" (a
-            conversation) or "images" (the path of an image file, and a label).
+            conversation) or "images" (an image, see `repmatch.curator.pictures`, and a label).
         text_field: default column with the text.
         pair_field: default column with the second text; None: none.
         about: one line for the help.
@@ -49,6 +47,15 @@ TASKS: dict[str, TaskKind] = {
         TaskKind("masked-lm", "texts", "text", "text_pair", "texts without labels"),
         TaskKind("image-classification", "images", "image", None, "image files with one of some labels"),
     )
+}
+# Every form, with what its columns hold.
+FORMS: dict[str, str] = {
+    "classes": "text, maybe a second text, one of some labels",
+    "numbers": "the same with a number as label",
+    "texts": "text, maybe a second text; a label is kept, not needed",
+    "completion": "text and second text, both needed",
+    "messages": "a conversation",
+    "images": "an image, one of some labels",
 }
 # Forms whose labels are a fixed list, a label a row of the head.
 CLASSED = frozenset(["classes", "images"])
@@ -72,38 +79,83 @@ def task_kind(name: str | None) -> TaskKind:
     return TASKS[name]
 
 
+def messages_in(value: Any) -> Any:
+    """Return the messages that a value holds as JSON text, as in CSV.
+
+    Args:
+        value: what a column holds.
+
+    Returns:
+        The list of objects with a role; the value itself where it is no such text.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    talks = isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found)
+    return found if talks else value
+
+
 def conversation(value: Any, column: str) -> list[dict[str, str]]:
     """Check the messages of a conversation.
 
     Args:
-        value: what the column holds.
+        value: what the column holds: a list of messages, or the same as JSON text.
         column: its name.
 
     Returns:
-        The messages.
+        The messages, role and content alone; a content in parts of text is joined.
 
     Raises:
-        RowProblem: it is no list of at least two messages whose last one is the assistant's.
+        RowProblem: it is no list of at least two messages whose last one is the assistant's, or a message has parts
+            other than text, or calls of tools.
     """
+    value = messages_in(value)
     if not isinstance(value, list) or len(value) < 2:
         raise RowProblem(
             f"column {column!r} holds {shown(value)}; expected a list of two or more messages, each an object with "
             "role and content. Fix the row, or name another column with --text-field."
         )
-    for message in value:
-        good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not good:
-            raise RowProblem(
-                f"column {column!r} holds the message {shown(message)}; expected an object whose role and content are "
-                "text. Fix the row."
-            )
-    last = value[-1]
+    messages = [_message(message, column) for message in value]
+    last = messages[-1]
     if last["role"] != "assistant" or not last["content"].strip():
         raise RowProblem(
             f"the last message in column {column!r} is {shown(last['content'])} by {last['role']!r}; expected an "
             "answer of the assistant, which is what is learned. Fix the row."
         )
-    return value
+    return messages
+
+
+def _message(message: Any, column: str) -> dict[str, str]:
+    role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+    if isinstance(content, list):
+        content = _joined(content, column)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RowProblem(
+            f"column {column!r} holds the message {shown(message)}; expected an object whose role and content are "
+            "text. Fix the row."
+        )
+    if message.get("tool_calls"):
+        raise RowProblem(
+            f"column {column!r} holds a message with tool_calls ({shown(message['tool_calls'])}); expected text, "
+            "because calls of tools are not learned from. Remove them, or write them into the content."
+        )
+    return {"role": role, "content": content}
+
+
+def _joined(parts: list[Any], column: str) -> str:
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise RowProblem(
+                f"column {column!r} holds a message with the part {shown(part)}; expected parts of text only, such as "
+                '{"type": "text", "text": "..."}. Fix the row.'
+            )
+        texts.append(text)
+    return "".join(texts)
 
 
 def dialogue(messages: Sequence[Mapping[str, str]]) -> str:
@@ -161,50 +213,3 @@ def optional_label(value: Any) -> str:
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     return ""
-
-
-def image_path(text: str, source: str) -> Path:
-    """Return where an image lies.
-
-    Args:
-        text: the path in the row.
-        source: the file the row came from; a relative path is relative to its folder.
-
-    Returns:
-        The path.
-    """
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else Path(source).expanduser().absolute().parent / path
-
-
-def image_digest(text: str, source: str, column: str) -> str:
-    """Check that an image can be read, and hash its file.
-
-    Args:
-        text: the path in the row.
-        source: the file the row came from.
-        column: the column's name.
-
-    Returns:
-        BLAKE2b digest of the file's bytes.
-
-    Raises:
-        RowProblem: there is no such file, or it is no image.
-        MissingExtraError: Pillow is not installed.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingExtraError("reading images", "images") from None
-    path = image_path(text, source)
-    try:
-        with Image.open(path) as image:
-            image.load()
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RowProblem(
-            f"the image {str(path)!r} of column {column!r} cannot be read ({reason}); expected the path of an image "
-            "file, relative paths from the rows' folder. Fix the row or the file."
-        ) from None

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from repmatch.curator.export import export_lines
+from repmatch.curator.sources import Source
 from repmatch.curator.tables import class_names, named
 from repmatch.errors import MissingExtraError, UsageError
 
@@ -34,14 +35,15 @@ def is_frame(source: object) -> bool:
 
 
 @contextmanager
-def as_file(frame: object) -> Iterator[Path]:
+def as_file(frame: object) -> Iterator[Source]:
     """Write a frame to a Parquet file of its own for as long as it is read.
 
     Args:
         frame: polars, pandas, Arrow or `datasets.Dataset`; an index of pandas is left out.
 
     Yields:
-        The file, `frame.parquet` in a temporary folder: bad rows are named by it and their number.
+        The file under the name `frame.parquet`, by which bad rows are named, though it lies in a temporary folder;
+        relative paths in it start at the working directory.
 
     Raises:
         UsageError: it is a dictionary of splits.
@@ -61,7 +63,7 @@ def as_file(frame: object) -> Iterator[Path]:
                 writer.close()
         if writer is None:
             raise UsageError("the frame has no rows; expected one or more.")
-        yield path
+        yield Source("frame.parquet", "parquet", path)
 
 
 def _library(source: object) -> str:

@@ -22,6 +22,7 @@ from repmatch.store.records import united_columns
 
 if TYPE_CHECKING:
     from repmatch.curator.cluster.connection import ClusterOptions
+    from repmatch.curator.sources import Source
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Stage, StageSummary, Store
 
@@ -72,7 +73,8 @@ class IngestReport:
         computed: instance factors computed now.
         seconds: wall time.
         bad: the first bad rows.
-        detail: what was measured on the way: the precision used, what the encoding costs.
+        detail: what was measured on the way: the device and precision used, how far the factors of each precision that
+            was tried agree with float32, what the encoding costs.
     """
 
     dataset: str
@@ -88,14 +90,21 @@ class IngestReport:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """Return the fields that `--json` prints."""
+        """Return the fields that `--json` prints; what was not measured, because nothing was computed, is None."""
         names = ("dataset", "rows", "new", "unchanged", "changed", "quarantined")
-        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seconds": round(self.seconds, 3),
+            "device": self.detail.get("device"),
+            "precision": self.detail.get("precision"),
+            "agreement": self.detail.get("agreement_with_float32"),
+            "sign_error": self.detail.get("sign_error"),
+        }
 
 
 def ingest(
     store: Store,
-    sources: Sequence[str],
+    sources: Sequence[str | Source],
     dataset: str,
     settings: Settings,
     options: IngestOptions,
@@ -108,7 +117,8 @@ def ingest(
 
     Args:
         store: the store, writable.
-        sources: files, "-" for JSON lines on standard input, or "hf:NAME".
+        sources: files, "-" for JSON lines on standard input, or "hf:NAME"; of images also folders. Or what
+            `repmatch.curator.sources.find` returned.
         dataset: name of the dataset to make or extend.
         settings: the space; for a dataset that exists it must be the dataset's own.
         options: columns, encoding, strictness.
@@ -130,12 +140,13 @@ def ingest(
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
         rejected = _listed(stage.rejected(limit=10), first.rejected)
-        _refuse(dataset, sources, options, rejected, first)
+        names = [str(source) for source in sources]
+        _refuse(dataset, names, options, rejected, first)
         record = _record(dataset, reader, known, first.labels, options, rejected)
         done, truncated = 0, 0
         lost: list[BadRow] = []
         detail: dict[str, Any] = {}
-        arguments = {"dataset": dataset, "sources": list(sources), "input": reader.input_hash, **working_folder()}
+        arguments = {"dataset": dataset, "sources": names, "input": reader.input_hash, **working_folder()}
         if options.shard is not None:
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +94,48 @@ def render(found: dict[str, Any], output: Output) -> None:
         )
     if store["spaces"]:
         output.line("")
-        output.table(
-            ["space", "model", "rank", "matrices", "max length", "seed"],
-            [
-                (s["id"][:8], s["model"], s["rank"], len(s["matrices"]), s["max_length"], s["seed"])
-                for s in store["spaces"]
-            ],
-        )
+        output.table(*_spaces(store["spaces"]))
     if store["coresets"]:
         output.line("")
         output.table(
             ["coreset", "dataset", "strategy", "picks"],
             [(c["name"], c["dataset"], c["strategy"], c["picks"]) for c in store["coresets"]],
         )
+
+
+# A store may be another's and hold anything: nothing here asks more of a value than that it can be written.
+_Column = tuple[str, Callable[[Mapping[str, Any]], object]]
+_SPACE: tuple[_Column, ...] = (
+    ("model", lambda s: s["model"]),
+    ("task", lambda s: s["task"]),
+    ("rank", lambda s: s["rank"]),
+    ("matrices", lambda s: len(s["matrices"])),
+    ("max length", lambda s: s["max_length"]),
+    ("seed", lambda s: s["seed"]),
+    ("step", lambda s: _step(s["optimizer"])),
+    ("start", lambda s: "cold" if s["warm_start"] is None else f"warm {str(s['warm_start'])[:8]}"),
+)
+# Shown where the others are the same for two spaces.
+_RARE: tuple[_Column, ...] = (
+    ("alpha", lambda s: s["alpha"]),
+    ("template", lambda s: s["template"]),
+    ("weights", lambda s: str(s["model_fingerprint"])[:8]),
+    ("tokenizer", lambda s: str(s["tokenizer_fingerprint"])[:8]),
+    ("names", lambda s: ",".join(map(str, s["matrices"]))),
+)
+
+
+def _spaces(spaces: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
+    """The header and rows of a table in which no two spaces look alike."""
+    columns = list(_SPACE)
+    if len({str([cell(s) for _, cell in columns]) for s in spaces}) < len(spaces):
+        columns += [(name, cell) for name, cell in _RARE if len({str(cell(s)) for s in spaces}) > 1]
+    rows = [[s["id"][:8], *(cell(s) for _, cell in columns)] for s in spaces]
+    return ["space", *(name for name, _ in columns)], rows
+
+
+def _step(optimizer: Any) -> str:
+    if not isinstance(optimizer, Mapping):
+        return str(optimizer)
+    steps = optimizer.get("steps", 1)
+    return f"{optimizer.get('name')} {optimizer.get('lr')}" + ("" if steps == 1 else f" x{steps}")

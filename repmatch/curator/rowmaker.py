@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from repmatch.curator import forms
+from repmatch.curator import forms, pictures
 from repmatch.curator.records import Record, RowProblem, not_finite, shown
 from repmatch.datamodels import BadRow, Fields, Row
 from repmatch.errors import quote_list
@@ -129,13 +129,13 @@ class RowMaker:
         if form == "messages":
             messages = forms.conversation(value.get(fields.text_field), fields.text_field)
             text, pair = forms.dialogue(messages[:-1]), messages[-1]["content"]
-            plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(plain)
-        text = self._text(value)
+            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(messages)
         encode = encode_basestring_ascii  # canonical JSON of a str
         if form == "images":
-            label = self._label(value)
-            return text, None, label, f"[{encode(forms.image_digest(text, source, fields.text_field))},{encode(label)}]"
+            picture, label = self._picture(value), self._label(value)
+            found = pictures.image_digest(picture, source, fields.text_field)
+            return picture.name, None, label, f"[{encode(found)},{encode(label)}]"
+        text = self._text(value)
         second = self._pair(value)
         if form == "completion" and second is None:
             raise _text_problem(value, str(fields.text_pair_field), "--text-pair-field")
@@ -156,6 +156,19 @@ class RowMaker:
         if type(text) is not str or not text or len(text) > MAX_TEXT_CHARS or text.isspace():
             raise _text_problem(value, self._fields.text_field, "--text-field")
         return text
+
+    def _picture(self, value: dict[str, Any]) -> pictures.Picture:
+        column = self._fields.text_field
+        picture = pictures.picture_of(value.get(column))
+        if picture is not None and len(picture.name) <= MAX_TEXT_CHARS:
+            return picture
+        if column in value and not isinstance(value[column], str):
+            raise RowProblem(
+                f"column {column!r} holds {shown(value[column])} ({_kind(value[column])}); expected an image: the path "
+                "of its file, its bytes, or an object with bytes or path. Fix the row, or name another column with "
+                "--text-field."
+            )
+        raise _text_problem(value, column, "--text-field")
 
     def _label(self, value: dict[str, Any]) -> str:
         column = self._fields.label_field

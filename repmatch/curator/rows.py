@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from repmatch.curator.forms import TaskKind, task_kind
+from repmatch.curator.forms import TaskKind, messages_in, task_kind
 from repmatch.curator.records import BadRecord, Record
 from repmatch.curator.rowmaker import MAX_NAME_CHARS, MAX_TEXT_CHARS, RowMaker
 from repmatch.curator.sources import Source, find
@@ -76,13 +76,17 @@ class SourceCount:
 
 
 def open_rows(
-    sources: Sequence[str], fields: FieldChoice, *, resolved: Fields | None = None, kind: TaskKind | None = None
+    sources: Sequence[str | Source],
+    fields: FieldChoice,
+    *,
+    resolved: Fields | None = None,
+    kind: TaskKind | None = None,
 ) -> RowReader:
     """Open sources for reading; nothing is read yet, but every source is found.
 
     Args:
         sources: paths (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), "-" for JSON lines on standard
-            input, or hf:NAME[@CONFIG][:SPLIT].
+            input, or hf:NAME[@CONFIG][:SPLIT]; of images also a folder, a class a subfolder. Or what `find` gave.
         fields: the columns the user asked for.
         resolved: the columns that the dataset was ingested with before; they win.
         kind: the task whose rows they are; None: sequence classification.
@@ -98,13 +102,18 @@ def open_rows(
     """
     if isinstance(sources, str) or not sources:
         raise UsageError(f"expected a list of at least one source, received {sources!r}")
-    twice = sorted({name for name in sources if list(sources).count(name) > 1})
+    named = [str(source) for source in sources]
+    twice = sorted({name for name in named if named.count(name) > 1})
     if twice:
         raise UsageError(f"the source {twice[0]!r} is named twice; name each source once")
     _check_choice(fields)
     if resolved is not None:
         _check_resolved(fields, resolved)
-    return RowReader([find(name) for name in sources], fields, resolved, kind or task_kind(None))
+    kind = kind or task_kind(None)
+    found = resolved or _resolve(fields, [], kind)
+    columns = (found.id_field or "id", found.text_field, found.label_field) if found.form == "images" else None
+    opened = [source if isinstance(source, Source) else find(source, columns) for source in sources]
+    return RowReader(opened, fields, resolved, kind)
 
 
 class RowReader:
@@ -245,10 +254,12 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
     if form == "completion":
         if choice.text_field is None and text not in (values[0] if values else ()) and _has(values, "messages"):
             text = "messages"
-        if values and isinstance(values[0].get(text), list):
+        if values and _talks(values, text, pair or kind.pair_field or ""):
             return Fields(id_field, text, None, label, "messages")
         return Fields(id_field, text, pair or kind.pair_field, label, form)
     if form == "images":
+        if pair:
+            raise UsageError(f"--text-pair-field {pair!r} goes with texts; images have no second text. Leave it out.")
         return Fields(id_field, text, None, label, form)
     if pair is None:
         default = _default_pair(choice)
@@ -258,6 +269,13 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
 
 def _has(values: Sequence[Mapping[str, Any]], column: str) -> bool:
     return any(column in value for value in values)
+
+
+def _talks(values: Sequence[Mapping[str, Any]], text: str, pair: str) -> bool:
+    """Whether a column holds conversations: lists, or, where no completion stands beside it, their JSON text."""
+    if isinstance(values[0].get(text), list):
+        return True
+    return not _has(values, pair) and any(isinstance(messages_in(value.get(text)), list) for value in values)
 
 
 def _check_choice(choice: FieldChoice) -> None:

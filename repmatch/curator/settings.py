@@ -83,6 +83,9 @@ class Settings:
             if self.own is not None:
                 raise UsageError(f"task={self.task!r} goes with a base model; a model of one's own brings its task.")
             task_kind(self.task)
+        if self.own is None and self.kind.form == "images" and (self.max_length or self.template):
+            option = f"--max-length {self.max_length}" if self.max_length else f"--template {self.template}"
+            raise UsageError(f"{option} goes with texts, not with --task image-classification; leave it out.")
 
     @property
     def own(self) -> OwnModel | None:

@@ -11,13 +11,14 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from repmatch.curator.pictures import read_folder
 from repmatch.curator.records import Record, Records, shown
 from repmatch.curator.tables import hub_library, read_hub, read_parquet
 from repmatch.curator.textfiles import read_array, read_csv, read_jsonl
@@ -70,11 +71,14 @@ class Source:
 
     Attributes:
         name: how the user named it.
-        kind: "json" (lines, or one array), "csv", "tsv", "parquet", "hub", or "" (to be seen from its bytes).
-        path: the file; None for standard input and the hub.
+        kind: "json" (lines, or one array), "csv", "tsv", "parquet", "hub", "images" (a folder), or "" (to be seen from
+            its bytes).
+        path: the file or folder; None for standard input and the hub.
         packed: whether it is gzip data.
         hub: name, configuration and split of a hub dataset.
-        state: BLAKE2b over its bytes as they lie on disk; of a hub dataset, over its rows as JSON lines.
+        columns: of a folder of images, the names of its columns: id, image, label.
+        state: BLAKE2b over its bytes as they lie on disk; of a hub dataset, over its rows as JSON lines; of a folder,
+            over these and its files' bytes.
     """
 
     name: str
@@ -82,7 +86,12 @@ class Source:
     path: Path | None = None
     packed: bool = False
     hub: tuple[str, str | None, str | None] | None = None
+    columns: tuple[str, str, str] = ("id", "image", "label")
     state: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=32), repr=False)
+
+    def __str__(self) -> str:
+        """How the user named it."""
+        return self.name
 
     def records(self) -> Records:
         """Read the source once, from its start.
@@ -112,14 +121,24 @@ class Source:
                 if isinstance(record, Record):
                     self.state.update(record.json.encode("utf-8") + b"\n")
                 yield record
+        elif self.kind == "images" and self.path is not None:
+            for record in read_folder(self.path, *self.columns):
+                if isinstance(record, Record):
+                    self.state.update(record.json.encode("utf-8") + b"\n")
+                    with suppress(OSError):  # the row is set aside where it is checked
+                        self._hash(self.path / record.value[self.columns[1]])
+                yield record
         elif self.kind == "parquet" and self.path is not None:
-            with self.path.open("rb") as file:
-                while piece := file.read(_BUFFER):
-                    self.state.update(piece)
+            self._hash(self.path)
             yield from read_parquet(self.path)
         else:
             with self._bytes() as stream:
                 yield from _read_text(self.kind, stream)
+
+    def _hash(self, path: Path) -> None:
+        with path.open("rb") as file:
+            while piece := file.read(_BUFFER):
+                self.state.update(piece)
 
     @contextmanager
     def _bytes(self) -> Iterator[BinaryIO]:
@@ -135,11 +154,12 @@ class Source:
                 yield stream
 
 
-def find(name: str) -> Source:
+def find(name: str, columns: tuple[str, str, str] | None = None) -> Source:
     """Find what a user named, without reading it.
 
     Args:
         name: a path, "-" for JSON lines on standard input, or hf:NAME[@CONFIG][:SPLIT].
+        columns: names for the columns of a folder of images: id, image, label; None: rows are no images.
 
     Returns:
         The source.
@@ -166,11 +186,17 @@ def find(name: str) -> Source:
         raise _not_found(name, path)
     if _is_device(status):
         raise UsageError(f"{name!r} is a device, which may never end; expected a file, a pipe or '-'.")
+    if folder and columns is not None:
+        return Source(name, "images", path, columns=columns)
     if folder:
         files = sorted(p.name for p in islice(path.iterdir(), 10_000) if p.suffix.lower() in {*_FORMATS, ".gz"})
         raise InputError(
             f"{name!r} is a directory; expected a file ({SUPPORTED}). "
-            + (f"It holds {quote_list(files)}; name them one by one." if files else "It holds no such file.")
+            + (
+                f"It holds {quote_list(files)}; name them one by one."
+                if files
+                else "It holds no such file. A folder of images goes with --task image-classification."
+            )
         )
     return _find_file(name, path, stat.S_ISREG(status.st_mode))
 

@@ -197,7 +197,11 @@ def read_hub(name: str, config: str | None, split: str | None) -> Records:
             "the name on https://huggingface.co/datasets and the network."
         ) from error
     rows = splits[_split(list(splits), split)]
-    names = class_names(getattr(rows, "features", None) or {})
+    features = getattr(rows, "features", None) or {}
+    for column, feature in features.items():
+        if type(feature).__name__ == "Image":  # as bytes and path, not as a picture of Pillow's
+            rows = rows.cast_column(column, library.Image(decode=False))
+    names = class_names(features)
     for number, row in enumerate(_guarded(rows), 1):
         yield _record(number, {c: named(names[c], value) if c in names else value for c, value in row.items()})
 

@@ -15,6 +15,7 @@ from repmatch.curator import base_models, classification, targets
 from repmatch.curator.classification import SequenceClassification
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.optimizers import instance_step
+from repmatch.curator.quantised import make_ready
 from repmatch.curator.settings import (
     DEFAULT_ALPHA,
     DEFAULT_MAX_LENGTH,
@@ -154,7 +155,7 @@ class Workbench:
 
         Args:
             labels: its labels.
-            fields: its columns; needed for conversations only.
+            fields: its columns; needed for conversations and images.
 
         Returns:
             A `repmatch.curator.tasks.Task`.
@@ -165,7 +166,9 @@ class Workbench:
             own.labels = tuple(labels)
             return own
         if space.task == images.NAME:
-            return images.ImageClassification(_pixels(self.model), labels)
+            return images.ImageClassification(
+                _pixels(self.model), labels, images.COLUMN if fields is None else fields.text_field
+            )
         tokenizer = _tokenizer(self.model)
         if space.task == causal.NAME:
             column = fields.text_field if fields is not None and fields.form == "messages" else None
@@ -186,7 +189,8 @@ class Workbench:
             The model, shared by all callers: leave it as it was.
         """
         if isinstance(self.model, OwnModel):
-            return _layer_by_layer(self.model.module.eval().requires_grad_(False).to(self.device))
+            own = make_ready(_layer_by_layer(self.model.module.eval().requires_grad_(False)))
+            return own.to(self.device)
         count = labels if self.space.task in _CLASSED else 2
         return _module(self.model, self.space.task, count, self.space.seed).to(self.device)
 
@@ -342,8 +346,7 @@ def _module(model: base_models.BaseModel, task: str, labels: int, seed: int) -> 
     module: Any = base_models.load_module(model, task, labels, seed)
     if task != images.NAME and getattr(module.config, "pad_token_id", None) is None:
         module.config.pad_token_id = _tokenizer(model).pad_token_id  # a decoder's head reads the last token before it
-    made: nn.Module = module
-    return made
+    return make_ready(module)
 
 
 @lru_cache(maxsize=4)

@@ -257,7 +257,14 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 def _about_space(space: Any) -> dict[str, Any]:
     about = {name: getattr(space, name) for name in ("id", "model", "task", "rank", "alpha", "seed", "warm_start")}
-    return {**about, "max_length": space.max_length, "matrices": list(space.layout.names)}
+    more = {name: getattr(space, name) for name in ("template", "model_fingerprint", "tokenizer_fingerprint")}
+    return {
+        **about,
+        **more,
+        "optimizer": space.optimizer,
+        "max_length": space.max_length,
+        "matrices": list(space.layout.names),
+    }
 
 
 def _check_tables(conn: Any) -> Iterator[Finding]:

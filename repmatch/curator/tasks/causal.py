@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repmatch.curator.forms import conversation
+from repmatch.curator.records import RowProblem
 from repmatch.curator.tasks.head_loss import linear_cross_entropy
 from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.tasks.task import Example, pad
@@ -116,8 +118,11 @@ class CausalLanguage:
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
         value = json.loads(row.json).get(self._field) if self._field is not None else None
-        if isinstance(value, list):
-            return [{"role": m["role"], "content": m["content"]} for m in value]
+        if value is not None:
+            try:
+                return conversation(value, self._field or "")
+            except RowProblem as problem:  # a row that was ingested before such rows were set aside
+                raise InputError(f"{row.source}, line {row.line}: {problem}") from None
         return [{"role": "user", "content": row.text}, {"role": "assistant", "content": row.text_pair or ""}]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from repmatch.curator.forms import FORMS
 from repmatch.datamodels import digest
+from repmatch.errors import UnknownChoiceError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +69,8 @@ class RowTask(ABC):
     Attributes:
         name: part of the space's identity: change it when the task changes what it computes.
         template: likewise, for variants of one task.
-        form: what the rows hold, see `repmatch.curator.forms.TaskKind`: "classes" for labels of a fixed list.
+        form: what the rows hold, one of `repmatch.curator.forms.FORMS`: "classes" for labels of a fixed list. Columns
+            are text, text_pair and label, whatever the form, unless `fields=` of an ingest names others.
         labels: the dataset's labels, set before the task is used; a label's index is its position.
     """
 
@@ -136,6 +139,7 @@ class OwnModel:
 
     Attributes:
         module: any `torch.nn.Module`; its weights are part of the space's identity, so they must be the same each time.
+            It is left frozen, in evaluation mode and on the device; give a copy where it is to be trained afterwards.
         task: how rows reach it.
         name: what reports call it.
     """
@@ -143,6 +147,15 @@ class OwnModel:
     module: nn.Module
     task: RowTask
     name: str = "own"
+
+    def __post_init__(self) -> None:
+        """Check the task's form.
+
+        Raises:
+            UnknownChoiceError: there is none of that name.
+        """
+        if self.task.form not in FORMS:
+            raise UnknownChoiceError.of("form", self.task.form, FORMS)
 
     @cached_property
     def fingerprint(self) -> str:
