@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -26,8 +27,8 @@ from repmatch.context import Context, examples, json_option, pass_context
 def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Say what an ingest will take: instances a second, time, memory and size of the store.
 
-    FILE and options are those of ingest. All rows are read and checked, and some of them are computed for a few
-    seconds; nothing is stored.
+    FILE and options are those of ingest into a new dataset. All rows are read and checked, and some of them are
+    computed for a few seconds; nothing is stored.
     """
     from repmatch.curator.planning import human_time
     from repmatch.curator.planning import plan as make
@@ -35,7 +36,11 @@ def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: An
     output = context.output
     output.as_json = as_json
     settings, options = options_of(given)
-    found = make(list(files), settings, options, output.progress)
+    with ExitStack() as held:
+        store = None
+        if settings.start_dataset is not None and context.path.exists():
+            store = held.enter_context(context.open(as_json=as_json, mode="r"))
+        found = make(list(files), settings, options, output.progress, store)
     output.close()
     if as_json:
         output.json(found.as_json())

@@ -12,6 +12,7 @@ from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.shards import Shard, divide
+from repmatch.curator.warm_choice import built, check_same, keep, settled, started
 from repmatch.curator.windows import Progress
 from repmatch.curator.work import Work
 from repmatch.datamodels import BadRow, Dataset, Encoding, Row
@@ -125,6 +126,8 @@ def ingest(
     check_name(dataset)
     with store.writing(), store.stage(dataset) as stage:
         known = store.dataset(dataset) if store.has_dataset(dataset) else None
+        if known is None or known.space_id is None:
+            settings = settled(store, settings)
         reader = open_rows(sources, options.fields, resolved=known.fields if known else None, kind=settings.kind)
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
@@ -143,9 +146,11 @@ def ingest(
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
-                store.save_space(bench.space)
-                store.save_dataset(replace(record, space_id=bench.space.id))
                 work = _work(store, stage, bench, record, tell, settings, options)
+                if first.todo:
+                    work.prepare()  # a start that does not fit the model is found before anything is kept
+                keep(store, bench)
+                store.save_dataset(replace(record, space_id=bench.space.id))
                 if options.shard is not None:
                     first = _restrict(stage, work, options.shard, tell)
                 stage.touch()
@@ -309,12 +314,11 @@ def _bench(
 ) -> Workbench:
     # torch loads here: only once the input is known to be good
     from repmatch.curator.warm import warm_adapter
-    from repmatch.curator.warm_choice import check_same, started
     from repmatch.curator.workbench import Workbench
 
     if known is None or known.space_id is None:
-        bench = Workbench.build(settings, record.fields.form)
-        return started(store, stage, total, tell, bench, settings.warm_start, record)
+        bench = built(store, settings, record.fields.form)
+        return started(stage, total, tell, bench, settings.warm_start, record)
     space = store.space(known.space_id)
     bench = Workbench.build(settings.like(space), record.fields.form)
     if space.warm_start is not None:

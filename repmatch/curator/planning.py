@@ -17,6 +17,7 @@ from repmatch.curator.forms import CLASSED
 from repmatch.curator.ingest import IngestOptions
 from repmatch.curator.rows import open_rows
 from repmatch.curator.settings import Settings
+from repmatch.curator.warm_choice import built, settled
 from repmatch.curator.windows import Progress, window_tokens, windows
 from repmatch.datamodels import BadRow, Encoding, Row
 from repmatch.errors import InputError
@@ -24,6 +25,7 @@ from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
     from repmatch.curator.workbench import Workbench
+    from repmatch.store import Store
 
 # Rows that are tokenised for the lengths, and seconds that the trial may take.
 _SAMPLE_ROWS = 1024
@@ -92,8 +94,14 @@ class Plan:
         }
 
 
-def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, progress: Progress | None = None) -> Plan:
-    """Predict what an ingest of some rows takes, without a store.
+def plan(
+    sources: Sequence[str],
+    settings: Settings,
+    options: IngestOptions,
+    progress: Progress | None = None,
+    store: Store | None = None,
+) -> Plan:
+    """Predict what an ingest of some rows into a new dataset takes; nothing is kept.
 
     All rows are read; a random thousand of them is made ready, and batches of these are computed for a few seconds just
     as an ingest would compute them.
@@ -103,22 +111,23 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
         settings: the space.
         options: columns and encoding.
         progress: called with (stage, done, total or None).
+        store: holds the dataset whose start is asked for.
 
     Returns:
         The prediction.
 
     Raises:
         InputError: no row can be used.
+        UnknownNameError: the dataset whose start is asked for is not there.
     """
     began = time.monotonic()
     tell = progress or (lambda *_: None)
+    settings = settled(store, settings)
     reader = open_rows(sources, options.fields, kind=settings.kind)
     rows, good, bad, size, labels = _sampled(reader, settings.seed or 0, tell)
     if not rows:
         raise InputError(f"{', '.join(sources)}: no row can be used ({bad} are bad); expected some to plan with.")
-    from repmatch.curator.workbench import Workbench
-
-    bench = Workbench.build(settings, reader.fields.form)
+    bench = built(store, settings, reader.fields.form)
     found = labels if reader.fields.form in CLASSED else ()
     task = bench.task(found, reader.fields)
     trial = _try(bench, task, found, rows, tell)

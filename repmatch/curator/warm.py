@@ -11,7 +11,6 @@ import copy
 import hashlib
 import heapq
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmatch.curator import layers, start
+from repmatch.curator.settings import START_SIZE
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Adapter, Row, digest
 from repmatch.errors import ModelError, StoreError, UsageError
@@ -80,7 +80,7 @@ def sample_size(asked: str, total: int) -> int | None:
     Raises:
         UsageError: the number or share is out of range.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", asked.strip())
+    match = START_SIZE.fullmatch(asked)
     if match is None:
         return None
     value = float(match[1])

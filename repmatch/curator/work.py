@@ -65,6 +65,10 @@ class Work:
         """Tokens of a window."""
         return window_tokens(self._bench, self.engine)
 
+    def prepare(self) -> None:
+        """Load the model at the space's start."""
+        _ = self.engine
+
     def compute(self, total: int) -> tuple[int, int, list[BadRow]]:
         """Compute and store every factor that is missing.
 
