@@ -122,7 +122,8 @@ warm_start_option = click.option(
     "--warm-start",
     metavar="auto|N|N%|DATASET|none",
     help="Train the start on so many random instances first, or take the start of DATASET, and its model, task and "
-    "other options with it; the factors then speak of the text, not only of the label. auto: a third of the rows, 640 at most, none below 1,000.  [default: the "
+    "other options with it; the factors then speak of the text, not only of the label. auto: a third of the rows, 640 "
+    "at most, none below 1,000.  [default: the "
     "dataset's own; none for a new one]",
 )
 

@@ -18,7 +18,7 @@ from repmatch.curator.ingest import IngestOptions
 from repmatch.curator.rows import open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.warm_choice import built, settled
-from repmatch.curator.windows import Progress, window_tokens, windows
+from repmatch.curator.windows import Progress, encoded, window_tokens, windows
 from repmatch.datamodels import BadRow, Encoding, Row
 from repmatch.errors import InputError
 from repmatch.store.encoding import RowFormat
@@ -130,6 +130,13 @@ def plan(
     bench = built(store, settings, reader.fields.form)
     found = labels if reader.fields.form in CLASSED else ()
     task = bench.task(found, reader.fields)
+    made = [(row, example) for row, example in zip(rows, encoded(task, rows), strict=True)]
+    ready = [(row, example) for row, example in made if not isinstance(example, BadRow)]
+    if not ready:
+        reason = next(example.reason for _, example in made if isinstance(example, BadRow))
+        raise InputError(f"none of {len(made)} rows can be used: {reason}.")
+    refused = round(good * (1 - len(ready) / len(made)))
+    good, bad, rows = good - refused, bad + refused, [row for row, _ in ready]
     trial = _try(bench, task, found, rows, tell)
     from repmatch.curator.warm import size_of
 
