@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,15 @@ from repmatch.commands.ingest import encoding_option, options_of, space_options,
 from repmatch.context import Context, examples, json_option, pass_context
 
 
+def _for_a_new_dataset(command: click.Command) -> click.Command:
+    """Let the help tell the defaults of a new dataset alone: a plan is for no other."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.help:
+            option.help = re.sub(r"the dataset's own; (.+?) for a new one", r"\1", option.help)
+    return command
+
+
+@_for_a_new_dataset
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @space_options
