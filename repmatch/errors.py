@@ -31,6 +31,18 @@ class InputError(RepMatchError, ValueError):
     """A file or row handed in by the user that cannot be read as what it should be."""
 
 
+class RefusedRowsError(InputError):
+    """Rows that a task cannot make ready for the model, among others that it can.
+
+    Attributes:
+        reasons: position among the rows that were given -> what is wrong with the row there.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[int, str]) -> None:
+        self.reasons = dict(reasons)
+        super().__init__(message)
+
+
 class UnknownNameError(RepMatchError, KeyError):
     """A dataset, subset, coreset, instance, label, strategy or column that does not exist."""
 

@@ -61,7 +61,7 @@ def test_names_that_duckdb_would_cut_are_refused(
 
 def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
     for mode in ("r", "w", None):
-        with pytest.raises(StoreError, match="too long"):
+        with pytest.raises(UsageError, match="too long"):
             stores.open(tmp_path / ("x" * 300), mode=mode)
 
 

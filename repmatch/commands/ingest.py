@@ -121,8 +121,9 @@ def options_of(given: dict[str, Any]) -> tuple[Settings, IngestOptions]:
 warm_start_option = click.option(
     "--warm-start",
     metavar="auto|N|N%|DATASET|none",
-    help="Train the start on so many random instances first, or take the start of DATASET; the factors then speak "
-    "of the text, not only of the label. auto: a third of the rows, 640 at most, none below 1,000.  [default: the "
+    help="Train the start on so many random instances first, or take the start of DATASET, and its model, task and "
+    "other options with it; the factors then speak of the text, not only of the label. auto: a third of the rows, 640 "
+    "at most, none below 1,000.  [default: the "
     "dataset's own; none for a new one]",
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -10,6 +12,15 @@ from repmatch.commands.ingest import encoding_option, options_of, space_options,
 from repmatch.context import Context, examples, json_option, pass_context
 
 
+def _for_a_new_dataset(command: click.Command) -> click.Command:
+    """Let the help tell the defaults of a new dataset alone: a plan is for no other."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.help:
+            option.help = re.sub(r"the dataset's own; (.+?) for a new one", r"\1", option.help)
+    return command
+
+
+@_for_a_new_dataset
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @space_options
@@ -26,8 +37,8 @@ from repmatch.context import Context, examples, json_option, pass_context
 def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Say what an ingest will take: instances a second, time, memory and size of the store.
 
-    FILE and options are those of ingest. All rows are read and checked, and some of them are computed for a few
-    seconds; nothing is stored.
+    FILE and options are those of ingest into a new dataset. All rows are read and checked, and some of them are
+    computed for a few seconds; nothing is stored.
     """
     from repmatch.curator.planning import human_time
     from repmatch.curator.planning import plan as make
@@ -35,7 +46,11 @@ def plan(context: Context, /, files: tuple[str, ...], as_json: bool, **given: An
     output = context.output
     output.as_json = as_json
     settings, options = options_of(given)
-    found = make(list(files), settings, options, output.progress)
+    with ExitStack() as held:
+        store = None
+        if settings.start_dataset is not None and context.path.exists():
+            store = held.enter_context(context.open(as_json=as_json, mode="r"))
+        found = make(list(files), settings, options, output.progress, store)
     output.close()
     if as_json:
         output.json(found.as_json())

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from repmatch.curator.adapter_files import ExportedAdapter
     from repmatch.curator.cluster.connection import ClusterOptions
     from repmatch.curator.inspection import Inspection
+    from repmatch.curator.planning import Plan
     from repmatch.curator.training import Recipe
     from repmatch.store import Store
 
@@ -116,6 +117,26 @@ class Curator:
                 return ingest(self.store, [file], dataset, self.settings, options, self.progress)
         sources = [source] if isinstance(source, str | Path) else list(source)
         return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
+
+    def plan(self, source: Any, *, fields: FieldChoice | None = None, encoding: Encoding | None = None) -> Plan:
+        """Predict what an ingest into a new dataset takes; nothing is kept.
+
+        Args:
+            source: as for `ingest`.
+            fields: columns to read; None: id, text, text_pair and label.
+            encoding: "float16" (default), "float32" or "sign".
+
+        Returns:
+            Instances a second, time, memory and size of a new store; see `repmatch.curator.planning.Plan`.
+        """
+        from repmatch.curator.planning import plan
+
+        if is_frame(source):
+            with as_file(source) as path:
+                return self.plan(path, fields=fields, encoding=encoding)
+        sources = [source] if isinstance(source, str | Path) else list(source)
+        options = IngestOptions(fields or FieldChoice(), encoding)
+        return plan([str(s) for s in sources], self.settings, options, self.progress, self.store)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:
         """Give a set of a dataset's ids a name.

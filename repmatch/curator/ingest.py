@@ -13,7 +13,8 @@ from repmatch.curator.forms import CLASSED
 from repmatch.curator.rows import FieldChoice, RowReader, open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.shards import Shard, divide
-from repmatch.curator.windows import Progress
+from repmatch.curator.warm_choice import built, check_same, keep, settled, started
+from repmatch.curator.windows import Progress, usable
 from repmatch.curator.work import Work
 from repmatch.datamodels import BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
@@ -136,6 +137,8 @@ def ingest(
     check_name(dataset)
     with store.writing(), store.stage(dataset) as stage:
         known = store.dataset(dataset) if store.has_dataset(dataset) else None
+        if known is None or known.space_id is None:
+            settings = settled(store, settings)
         reader = open_rows(sources, options.fields, resolved=known.fields if known else None, kind=settings.kind)
         _read(stage, reader, known, tell)
         first = stage.resolve(known.space_id if known else None)
@@ -151,13 +154,18 @@ def ingest(
             arguments["shard"] = str(options.shard)
         with store.run("ingest", arguments) as run:
             if known is None or first.todo or not settings.asks_nothing or options.shard is not None:
-                bench = _bench(store, stage, first.todo, tell, known, _here(settings, options), record)
+                bench = _bench(store, known, _here(settings, options), record)
+                _refuse_rows(stage, bench, known, record, options)
+                if known is None or known.space_id is None:
+                    bench = started(stage, first.todo, tell, bench, settings.warm_start, record)
                 RowFormat(
                     bench.space.layout, record.encoding
                 )  # refuses sign codes above rank 1 before anything is kept
-                store.save_space(bench.space)
-                store.save_dataset(replace(record, space_id=bench.space.id))
                 work = _work(store, stage, bench, record, tell, settings, options)
+                if first.todo:
+                    work.prepare()  # a start that does not fit the model is found before anything is kept
+                keep(store, bench)
+                store.save_dataset(replace(record, space_id=bench.space.id))
                 if options.shard is not None:
                     first = _restrict(stage, work, options.shard, tell)
                 stage.touch()
@@ -310,23 +318,30 @@ def _record(
     return Dataset(name, reader.fields, labels, reader.columns, None, options.encoding or "float16")
 
 
-def _bench(
-    store: Store,
-    stage: Stage,
-    total: int,
-    tell: Progress,
-    known: Dataset | None,
-    settings: Settings,
-    record: Dataset,
-) -> Workbench:
+def _refuse_rows(
+    stage: Stage, bench: Workbench, known: Dataset | None, record: Dataset, options: IngestOptions
+) -> None:
+    """Refuse rows of which the task takes none, and with `strict` rows of which it does not take all."""
+    if not options.strict and known is not None and known.space_id is not None:
+        return
+    taken, count, bad = usable(bench.task(record.labels, record.fields), stage.todo(), every=options.strict)
+    if bad and (options.strict or not taken):
+        listed = _listed(bad[:10], len(bad))
+        raise InputError(
+            f"{len(bad)} of {count} rows are bad, and --strict refuses them all; nothing of {record.name!r} was "
+            f"changed:{listed}"
+            if options.strict
+            else f"none of the first {count} rows can be used:{listed}"
+        )
+
+
+def _bench(store: Store, known: Dataset | None, settings: Settings, record: Dataset) -> Workbench:
     # torch loads here: only once the input is known to be good
     from repmatch.curator.warm import warm_adapter
-    from repmatch.curator.warm_choice import check_same, started
     from repmatch.curator.workbench import Workbench
 
     if known is None or known.space_id is None:
-        bench = Workbench.build(settings, record.fields.form)
-        return started(store, stage, total, tell, bench, settings.warm_start, record)
+        return built(store, settings, record.fields.form)
     space = store.space(known.space_id)
     bench = Workbench.build(settings.like(space), record.fields.form)
     if space.warm_start is not None:

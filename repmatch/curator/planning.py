@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -12,25 +13,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from repmatch.curator import start
-from repmatch.curator.batches import Batches, default_workers
+from repmatch.curator.batches import Batches, batches_by_tokens, default_workers
 from repmatch.curator.forms import CLASSED
 from repmatch.curator.ingest import IngestOptions
 from repmatch.curator.rows import open_rows
 from repmatch.curator.settings import Settings
-from repmatch.curator.windows import Progress, window_tokens, windows
-from repmatch.datamodels import BadRow, Encoding, Row
+from repmatch.curator.trial_store import trial_store
+from repmatch.curator.warm_choice import built, settled
+from repmatch.curator.windows import Progress, encoded, window_tokens, windows
+from repmatch.datamodels import BadRow, Dataset, FactorBatch, Row
 from repmatch.errors import InputError
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
     from repmatch.curator.workbench import Workbench
+    from repmatch.store import Store
 
-# Rows that are tokenised for the lengths, and seconds that the trial may take.
+# Rows that are tokenised for the lengths, the most that a window may have, and seconds that the trial may take.
 _SAMPLE_ROWS = 1024
+_WINDOW = 4096
 _SECONDS = 6.0
-# What the catalog keeps of an instance beside its row (identity, location, loss), and what an empty store takes.
+# Peaks of whole ingests over what a trial of some seconds sees of them: 1.08 to 1.30, measured (docs/tasks.md).
+_MISSED = 1.15
+# What the catalog keeps of an instance beside its row: identity, location, loss.
 _CATALOG_BYTES = 120
-_EMPTY_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,14 @@ class Plan:
         }
 
 
-def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, progress: Progress | None = None) -> Plan:
-    """Predict what an ingest of some rows takes, without a store.
+def plan(
+    sources: Sequence[str],
+    settings: Settings,
+    options: IngestOptions,
+    progress: Progress | None = None,
+    store: Store | None = None,
+) -> Plan:
+    """Predict what an ingest of some rows into a new dataset takes; nothing is kept.
 
     All rows are read; a random thousand of them is made ready, and batches of these are computed for a few seconds just
     as an ingest would compute them.
@@ -103,32 +115,43 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
         settings: the space.
         options: columns and encoding.
         progress: called with (stage, done, total or None).
+        store: holds the dataset whose start is asked for.
 
     Returns:
         The prediction.
 
     Raises:
         InputError: no row can be used.
+        UnknownNameError: the dataset whose start is asked for is not there.
     """
     began = time.monotonic()
     tell = progress or (lambda *_: None)
+    settings = settled(store, settings)
     reader = open_rows(sources, options.fields, kind=settings.kind)
     rows, good, bad, size, labels = _sampled(reader, settings.seed or 0, tell)
     if not rows:
         raise InputError(f"{', '.join(sources)}: no row can be used ({bad} are bad); expected some to plan with.")
-    from repmatch.curator.workbench import Workbench
-
-    bench = Workbench.build(settings, reader.fields.form)
-    found = labels if reader.fields.form in CLASSED else ()
-    task = bench.task(found, reader.fields)
-    trial = _try(bench, task, found, rows, tell)
     from repmatch.curator.warm import size_of
 
-    start_rows = size_of(bench, settings.warm_start, good)
-    starting = _start_seconds(bench, found, task, rows, start_rows)
-    encoding: Encoding = options.encoding or "float16"
-    row_bytes = RowFormat(bench.space.layout, encoding).row_bytes
-    work = good / trial.per_second
+    with trial_store() as scratch:
+        rows = scratch.stage(rows)
+        bench = built(store, settings, reader.fields.form)
+        found = labels if reader.fields.form in CLASSED else ()
+        record = Dataset("plan", reader.fields, found, reader.columns, None, options.encoding or "float16")
+        row_bytes = RowFormat(bench.space.layout, record.encoding).row_bytes
+        task = bench.task(found, reader.fields)
+        ready, share = _ready(task, rows)
+        rows = [row for row, _ in ready]
+        refused = round(good * share)
+        good, bad, size = good - refused, bad + refused, round(size * (1 - share))
+        start_rows = size_of(bench, settings.warm_start, good)
+        training = time.monotonic()
+        bench, starting = _start(bench, found, task, rows, start_rows)
+        began += time.monotonic() - training
+        trial = _try(bench, task, found, ready, good, tell)
+        kept = scratch.fill(bench, record, rows, trial.batch, several=trial.window < good)
+        memory = round(_MISSED * (peak_memory() + trial.growth))
+        stored = scratch.close()
     return Plan(
         rows=good,
         bad=bad,
@@ -137,10 +160,10 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
         matrices=len(bench.space.matrices),
         per_second=trial.per_second,
         # Everything but the trial (reading, loading) has been done once here, so its time is known.
-        seconds=work + starting + trial.began - began,
-        store_bytes=_EMPTY_BYTES + good * (row_bytes + _CATALOG_BYTES) + size,
+        seconds=good / trial.per_second + starting + trial.began - began,
+        store_bytes=stored + (good - kept) * (row_bytes + _CATALOG_BYTES) + round(size * (1 - kept / good)),
         factor_bytes=row_bytes,
-        memory_bytes=peak_memory(),
+        memory_bytes=memory,
         tried=trial.tried,
         device=bench.device,
         precision=trial.precision,
@@ -149,15 +172,28 @@ def plan(sources: Sequence[str], settings: Settings, options: IngestOptions, pro
     )
 
 
-def _start_seconds(bench: Workbench, labels: tuple[str, ...], task: Any, rows: list[Row], count: int | None) -> float:
-    """Time a few steps of a warm start, and return what all of them will take."""
+def _ready(task: Any, rows: Sequence[Row]) -> tuple[list[tuple[Row, Any]], float]:
+    """Rows with their examples, and the share of the rows that the task refuses."""
+    made = encoded(task, rows)
+    ready = [(row, one) for row, one in zip(rows, made, strict=True) if not isinstance(one, BadRow)]
+    if not ready:
+        reason = next(one.reason for one in made if isinstance(one, BadRow))
+        raise InputError(f"none of {len(rows)} rows can be used: {reason}.")
+    return ready, 1 - len(ready) / len(rows)
+
+
+def _start(
+    bench: Workbench, labels: tuple[str, ...], task: Any, rows: list[Row], count: int | None
+) -> tuple[Workbench, float]:
+    """Take a few steps of a warm start; return the workbench with that start, and what all steps will take."""
     if count is None:
-        return 0.0
+        return bench, 0.0
     from repmatch.curator import warm
 
     ticks: list[float] = []
-    warm.train(bench, labels, rows[: 2 * warm.BATCH], task=task, progress=lambda *_: ticks.append(time.monotonic()))
-    return warm.steps_for(count) * (ticks[-1] - ticks[1]) / (len(ticks) - 2)
+    few = rows[: 2 * warm.BATCH]
+    adapter = warm.train(bench, labels, few, task=task, progress=lambda *_: ticks.append(time.monotonic()))
+    return bench.from_warm(adapter), warm.steps_for(count) * (ticks[-1] - ticks[1]) / (len(ticks) - 2)
 
 
 def _sampled(reader: Any, seed: int, tell: Progress) -> tuple[list[Row], int, int, int, tuple[str, ...]]:
@@ -190,52 +226,83 @@ class _Trial:
     tried: int
     precision: str
     began: float
+    growth: int  # bytes by which an ingest's process becomes larger than this one
+    window: int
+    batch: FactorBatch
 
 
-def _try(bench: Workbench, task: Any, labels: tuple[str, ...], rows: list[Row], tell: Progress) -> _Trial:
+def _try(
+    bench: Workbench, task: Any, labels: tuple[str, ...], ready: Sequence[tuple[Row, Any]], total: int, tell: Progress
+) -> _Trial:
+    """Compute batches as they would be cut of all rows, for a few seconds."""
     from repmatch.curator import precision
 
     engine = bench.engine(labels, task)
     batches = Batches(engine, task, bench.batch_tokens)
-    examples = task.encode(rows)
-    chosen, _ = precision.choose(engine, task.collate(examples[:32]))
-    cut = list(windows(iter([rows]), task, window_tokens(bench, engine)))
+    sample = [example for _, example in ready]
+    chosen, _ = precision.choose(engine, task.collate(sample[:32]))
+    # A whole window, as an ingest of all rows would cut it; the sample stands for all, so its rows may come again.
+    many = [ready[i % len(ready)][0] for i in range(min(total, _WINDOW))]
+    rows, examples = next(windows(iter([many]), task, window_tokens(bench, engine)))
+    groups = _groups(examples, bench.batch_tokens)
+    at_once = default_workers(engine)
     # The first batches pay for what is done once: memory, kernels, threads.
-    warm_up = 2 * default_workers(engine)
-    batches.factors(rows[:warm_up], examples[:warm_up])
-    began = time.monotonic()
-    done = tokens = 0
-    for some, made in cut:
-        part = _fitting(batches, some, made, began, tell)
-        done += part
-        tokens += sum(example.tokens for example in made[:part])
-        if time.monotonic() - began > _SECONDS:
-            break
+    batch = _computed(batches, rows, examples, groups[:at_once])
+    began, first = time.monotonic(), peak_memory()
+    steps = 0
+    while steps < len(groups) and (steps == 0 or not batch.rows or time.monotonic() - began < _SECONDS):
+        found = _computed(batches, rows, examples, groups[steps : steps + at_once])
+        batch = found if found.rows else batch
+        steps = min(len(groups), steps + at_once)
+        tell("trial", sum(map(len, groups[:steps])), None)
     spent = time.monotonic() - began
-    mean = float(np.mean([example.tokens for example in examples]))
+    tried = [examples[i] for group in groups[:steps] for i in group]
+    if not batch.rows:
+        raise InputError(f"none of {len(tried)} rows has a finite loss and gradient; look at them, or at the model.")
+    shapes = [(len(group), max(examples[i].tokens for i in group)) for group in groups]
+    growth = _growth(peak_memory() - first, at_once, len(set(shapes[:steps])), len(set(shapes)))
+    mean = float(np.mean([example.tokens for example in sample]))
     # Work grows with tokens, so the sample's mean length counts, not that of the rows that were tried.
     return _Trial(
-        per_second=tokens / spent / mean,
+        per_second=sum(example.tokens for example in tried) / spent / mean,
         tokens=mean,
-        truncated=float(np.mean([example.truncated for example in examples])),
-        tried=done,
+        truncated=float(np.mean([example.truncated for example in sample])),
+        tried=len(tried),
         precision=chosen,
         began=began,
+        # A window's factors are put together once, and once more without the rows whose factors are not finite.
+        growth=growth + 2 * 4 * len(rows) * bench.space.layout.width,
+        window=len(rows),
+        batch=batch,
     )
 
 
-def _fitting(batches: Batches, rows: list[Row], examples: list[Any], began: float, tell: Progress) -> int:
-    """Compute a window, or as much of it as the time allows; a window of a large model may take minutes."""
-    first = max(1, len(rows) // 8)
-    start_of = time.monotonic()
-    batches.factors(rows[:first], examples[:first])
-    tell("trial", first, None)
-    each = (time.monotonic() - start_of) / first
-    more = min(len(rows) - first, int(max(0.0, _SECONDS - (time.monotonic() - began)) / max(each, 1e-9)))
-    if more > 0:
-        batches.factors(rows[first : first + more], examples[first : first + more])
-    tell("trial", first + more, None)
-    return first + more
+def _growth(seen: int, first: int, tried: int, all_: int) -> int:
+    """Bytes that the process still grows by, when batches of other shapes come.
+
+    Memory that batches of one shape gave back fits those of another only in part, so each new shape takes some more,
+    and less each time: with the embedded model as the square root of their number, measured.
+    """
+    if tried <= first:
+        return 0
+    return round(seen * (math.sqrt((all_ - first) / (tried - first)) - 1))
+
+
+def _groups(examples: Sequence[Any], limit: int) -> list[list[int]]:
+    """Cut a window into batches, so ordered that any few of the first ones are of very different lengths."""
+    cut = batches_by_tokens([example.tokens for example in examples], limit)
+    # By the fractional parts of multiples of the golden ratio, which fill the range evenly.
+    ranks = [(0.5 + i * 0.6180339887498949) % 1 for i in range(len(cut))]
+    return [cut[at] for at in np.argsort(np.argsort(ranks)).tolist()]
+
+
+def _computed(
+    batches: Batches, rows: Sequence[Row], examples: Sequence[Any], groups: Sequence[Sequence[int]]
+) -> FactorBatch:
+    at = [i for group in groups for i in group]
+    window = [rows[i] for i in at], [examples[i] for i in at], [len(group) for group in groups]
+    ((batch, _),) = batches.stream([window])
+    return batch
 
 
 def peak_memory() -> int:

@@ -17,6 +17,8 @@ DEFAULT_RANK = 1
 DEFAULT_ALPHA = 4.0
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_MAX_LENGTHS = {"causal-lm": 1024}
+# How many instances a warm start is trained on: a number or a share.
+START_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Settings:
         steps: of the instance step; default 1, which has a closed form.
         warm_start: train the start first: on this many random instances ("640"), on this share of them ("5%"), on a
             third of them and 640 at most ("auto"; cold below 1,000 instances and for tasks without a head drawn at
-            random), or as a dataset of the store did (its name); "none": from the base model as it is, the default.
+            random), or as a dataset of the store did (its name; what was not asked for is then that dataset's own);
+            "none": from the base model as it is, the default.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_tokens: padded tokens a batch may hold; None: the measured default of the device.
     """
@@ -101,6 +104,12 @@ class Settings:
         return task_kind(self.task)
 
     @property
+    def start_dataset(self) -> str | None:
+        """The dataset whose warm start is asked for, where one is."""
+        asked = self.warm_start
+        return None if asked in (None, "none", "auto") or START_SIZE.fullmatch(str(asked)) else asked
+
+    @property
     def asks_nothing(self) -> bool:
         """Whether every field that decides the space was left to its default."""
         elsewhere = ("device", "batch_tokens")
@@ -118,7 +127,7 @@ class Settings:
         step = space.optimizer
         stored: dict[str, Any] = {
             "model": space.model,
-            "task": None if self.own is not None else space.task,
+            "task": None if self.own is not None or space.model.startswith("own:") else space.task,
             "template": "chat" if space.template == "chat" else None,
             "rank": space.rank,
             "alpha": space.alpha,

@@ -18,7 +18,7 @@ from repmatch.errors import UsageError
 
 if TYPE_CHECKING:
     from repmatch.curator.tasks import Task
-    from repmatch.datamodels import Row
+    from repmatch.datamodels import BadRow, Row
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,15 @@ def divide(
     """
     rows: list[int] = [0]
     work: list[int] = [0]
-    for some, made in windows(chunks, task, tokens):
-        rows.append(rows[-1] + len(some))
+    count = 0
+    refused: list[BadRow] = []
+    for some, made in windows(chunks, task, tokens, refused):
+        count += len(some)
+        rows.append(count + len(refused))  # a row that the task refuses has a place too
         work.append(work[-1] + sum(example.tokens for example in made))
         if tell is not None:
             tell("dividing", rows[-1], None)
+    rows[-1] = count + len(refused)
     if shard.number == 0:
         return Stretch(0, 0, rows[-1])
     wanted = np.arange(1, shard.of) * (work[-1] / shard.of)

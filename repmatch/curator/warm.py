@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import heapq
+import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmatch.curator import layers, start
+from repmatch.curator.settings import START_SIZE
 from repmatch.curator.stack import AdapterStack
-from repmatch.datamodels import Adapter, Row, digest
-from repmatch.errors import ModelError, StoreError, UsageError
+from repmatch.curator.windows import encoded
+from repmatch.datamodels import Adapter, BadRow, Row, digest
+from repmatch.errors import InputError, ModelError, StoreError, UsageError
 
 if TYPE_CHECKING:
+    from repmatch.curator.tasks import Example
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Store
+
+logger = logging.getLogger(__name__)
 
 RANK = 8
 ALPHA = 16.0
@@ -80,7 +85,7 @@ def sample_size(asked: str, total: int) -> int | None:
     Raises:
         UsageError: the number or share is out of range.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", asked.strip())
+    match = START_SIZE.fullmatch(asked)
     if match is None:
         return None
     value = float(match[1])
@@ -146,6 +151,8 @@ def train(
 ) -> Adapter:
     """Train a warm start: fresh adapters of rank 8, and the head where it was drawn at random.
 
+    Rows that the task refuses, and rows without a finite loss or gradient, are left out.
+
     Args:
         bench: the cold workbench.
         labels: the dataset's labels.
@@ -158,12 +165,62 @@ def train(
         The adapter: its factors, and the head's parameters under `full`.
 
     Raises:
-        ModelError: a loss is not finite.
+        InputError: no row can be used.
+        ModelError: a loss is not finite, though that of every row is at the beginning.
     """
+    task = task or bench.task(labels)
+    made = encoded(task, rows)
+    bad = [found for found in made if isinstance(found, BadRow)]
+    good = [(row, found) for row, found in zip(rows, made, strict=True) if not isinstance(found, BadRow)]
+    try:
+        _refuse_none(good, bad)
+        return _trained(bench, labels, good, asked, task, progress)
+    except _DivergedError:  # of what is left out nobody knows before a loss says so: looking first would cost a pass
+        found, more = _finite(bench, labels, task, good)
+        if not more:
+            raise
+        bad += more
+        good = found
+    _refuse_none(good, bad)
+    return _trained(bench, labels, good, asked, task, progress)
+
+
+class _DivergedError(ModelError):
+    """A loss that is not finite."""
+
+
+def _refuse_none(good: Sequence[object], bad: Sequence[BadRow]) -> None:
+    if not bad:
+        return
+    listed = f"{bad[0].source}:{bad[0].line}: {bad[0].reason}"
+    if not good:
+        raise InputError(f"none of the {len(bad)} rows drawn for the warm start can be used: {listed}.")
+    logger.warning("%d rows are left out of the warm start, the first %s", len(bad), listed)
+
+
+def _finite(
+    bench: Workbench, labels: Sequence[str], task: Any, good: Sequence[tuple[Row, Example]]
+) -> tuple[list[tuple[Row, Example]], list[BadRow]]:
+    """Tell rows with a finite loss and gradient at the cold start from the others, just as an ingest does."""
+    from repmatch.curator.batches import factors_of
+
+    rows, examples = [row for row, _ in good], [example for _, example in good]
+    _, bad = factors_of(bench.engine(labels, task), task, rows, examples, bench.batch_tokens)
+    out = {row.id for row in bad}
+    return [(row, example) for row, example in good if row.id not in out], bad
+
+
+def _trained(
+    bench: Workbench,
+    labels: Sequence[str],
+    good: Sequence[tuple[Row, Example]],
+    asked: str,
+    task: Any,
+    progress: Callable[[int, int], None] | None,
+) -> Adapter:
     from repmatch.curator.training import Recipe, batches
 
-    task = task or bench.task(labels)
-    examples = task.encode(rows)
+    rows, examples = [row for row, _ in good], [example for _, example in good]
     steps = steps_for(len(rows))
     epochs = math.ceil(steps / math.ceil(len(rows) / BATCH))
     rate = min(RATE, DISTANCE / steps)
@@ -184,9 +241,8 @@ def train(
             optimizer.step()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise ModelError(
-                    f"the warm start diverged at step {len(losses)} (loss {losses[-1]}); leave --warm-start out, or "
-                    "look for rows the model cannot learn from."
+                raise _DivergedError(
+                    f"the warm start diverged at step {len(losses)} (loss {losses[-1]}); leave --warm-start out."
                 )
             if progress is not None:
                 progress(len(losses), steps)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from repmatch.curator.batches import default_workers
-from repmatch.datamodels import Row
+from repmatch.datamodels import BadRow, Row
+from repmatch.errors import RefusedRowsError
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import FactorEngine
@@ -74,13 +75,62 @@ def grouped(
         yield rows, examples, sizes
 
 
-def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterator[tuple[list[Row], list[Example]]]:
+def encoded(task: Task, rows: Sequence[Row]) -> list[Example | BadRow]:
+    """Make rows ready, and say what is wrong with those that the task refuses.
+
+    Args:
+        task: makes them ready.
+        rows: the rows.
+
+    Returns:
+        For each row, in order, its example, or the bad row with its reason.
+    """
+    try:
+        return list(task.encode(rows))
+    except RefusedRowsError as error:
+        reasons = error.reasons
+    rest = [row for i, row in enumerate(rows) if i not in reasons]
+    made = iter(task.encode(rest) if rest else [])
+    return [
+        BadRow(row.source, row.line, row.id, reasons[i]) if i in reasons else next(made) for i, row in enumerate(rows)
+    ]
+
+
+def usable(task: Task, chunks: Iterable[Sequence[Row]], *, every: bool = False) -> tuple[bool, int, list[BadRow]]:
+    """Look whether a task takes rows, as far as that has to be known.
+
+    Args:
+        task: makes them ready.
+        chunks: the rows.
+        every: look at all; else until one is taken, or until thousands were refused, all for one reason.
+
+    Returns:
+        Whether one is taken, how many rows were looked at, and those of them that are refused.
+    """
+    taken, count = False, 0
+    refused: list[BadRow] = []
+    for chunk in chunks:
+        bad = [found for found in encoded(task, chunk) if isinstance(found, BadRow)]
+        count += len(chunk)
+        refused += bad
+        taken = taken or len(bad) < len(chunk)
+        hopeless = not taken and count >= _WINDOW_ROWS[1] and len({row.reason for row in refused}) == 1
+        if not every and (taken or hopeless):
+            break
+    return taken, count, refused
+
+
+def windows(
+    chunks: Iterator[Sequence[Row]], task: Task, tokens: int, refused: list[BadRow] | None = None
+) -> Iterator[tuple[list[Row], list[Example]]]:
     """Cut a stream of rows into windows of about so many tokens.
 
     Args:
         chunks: rows in input order.
         task: tokenises them.
         tokens: a window ends with the row that reaches them.
+        refused: takes the rows that the task refuses, each before the window is yielded that ends behind it; None: such
+            a row is an error.
 
     Yields:
         Rows and their examples, in input order.
@@ -89,7 +139,11 @@ def windows(chunks: Iterator[Sequence[Row]], task: Task, tokens: int) -> Iterato
     examples: list[Example] = []
     count = 0
     for chunk in chunks:
-        for row, example in zip(chunk, task.encode(chunk), strict=True):
+        made = task.encode(chunk) if refused is None else encoded(task, chunk)
+        for row, example in zip(chunk, made, strict=True):
+            if isinstance(example, BadRow):
+                refused.append(example)  # type: ignore[union-attr]
+                continue
             rows.append(row)
             examples.append(example)
             count += example.tokens

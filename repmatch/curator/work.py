@@ -65,6 +65,10 @@ class Work:
         """Tokens of a window."""
         return window_tokens(self._bench, self.engine)
 
+    def prepare(self) -> None:
+        """Load the model at the space's start."""
+        _ = self.engine
+
     def compute(self, total: int) -> tuple[int, int, list[BadRow]]:
         """Compute and store every factor that is missing.
 
@@ -72,7 +76,8 @@ class Work:
             total: how many they are.
 
         Returns:
-            Factors stored, instances among them that were cut, and the rows without a finite factor.
+            Factors stored, instances among them that were cut, and the rows without a finite factor, or that the task
+            refuses.
         """
         self._total, self._done = total, 0
         if total == 0:
@@ -83,7 +88,9 @@ class Work:
         self._tell("factors", 0, total)
         batches = Batches(engine, self.task, self._bench.batch_tokens)
         overlapping = engine.device.type == "cuda"
-        stream = grouped(windows(self._stage.todo(), self.task, self.tokens), windows_at_once(engine))
+        refused: list[BadRow] = []
+        cut = windows(self._stage.todo(), self.task, self.tokens, refused)
+        stream = grouped(cut, windows_at_once(engine))
         truncated = 0
         lost: list[BadRow] = []
         with (
@@ -98,7 +105,8 @@ class Work:
                     keep(batch)
                 lost += bad
                 truncated += int(batch.truncated.sum())
-        return self._done - len(lost), truncated, lost
+        self._tell("factors", self._done + len(refused), total)
+        return self._done - len(lost), truncated, [*lost, *refused]
 
     def _looked_at(self, batches: Batches, stream: Iterator[Window]) -> Iterator[Window]:
         """Pass windows on; the first one decides how all are computed."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from repmatch.errors import StoreCorruptError, StoreError
+from repmatch.errors import StoreCorruptError, StoreError, UsageError
 
 FOLDERS = ("segments", "adapters", "cache", "staging")
 # Ends of the names of a store's files. Folders besides those have names of their own ends.
@@ -71,6 +71,7 @@ def check_plain(folder: Path) -> None:
     Raises:
         StoreCorruptError: something is a link, a pipe or a device, a folder where a file belongs, or a file where a
             folder does.
+        UsageError: the name is too long.
     """
     for place in (folder, *(folder / name for name in FOLDERS)):
         try:
@@ -87,7 +88,9 @@ def check_plain(folder: Path) -> None:
             continue
         except PermissionError as error:
             raise StoreError(f"{place} cannot be read: {error.strerror}. Change the permissions.") from error
-        except OSError as error:  # a name too long, a disk that fails
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UsageError(f"the path {place} is too long for this system; name a shorter one.") from error
             raise StoreError(f"{place} cannot be read: {error.strerror}. Name another folder with --store.") from error
 
 

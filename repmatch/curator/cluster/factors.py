@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,6 @@ from repmatch.store.encoding import RowFormat
 from repmatch.store.factors import RawBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from repmatch.curator.tasks import Example
 
 
@@ -157,18 +156,22 @@ class ClusterWork(Work):
             total: how many they are.
 
         Returns:
-            Factors stored, instances among them that were cut, and the rows without a finite factor.
+            Factors stored, instances among them that were cut, and the rows without a finite factor, or that the task
+            refuses.
         """
-        if total == 0:
-            return 0, 0, []
+        refused: list[BadRow] = []
+        cut = windows(self._stage.todo(), self.task, self.tokens, refused) if total else iter(())
+        foremost = next(cut, None)
+        if foremost is None:
+            return 0, 0, refused
         self._tell("factors", 0, total)
         done = truncated = 0
         lost: list[BadRow] = []
         form = RowFormat(self._bench.space.layout, self._dataset.encoding)
         gpus = 1.0 if self.device.startswith("cuda") else 0.0
         with connected(self._options) as ray:
-            with Crew(ray, FactorWorker, (self._order(),), self._options, gpus) as crew:
-                for (rows, _), found in crew.run(self._jobs()):
+            with Crew(ray, FactorWorker, (self._order(foremost[1]),), self._options, gpus) as crew:
+                for (rows, _), found in crew.run((window, len(window[0])) for window in chain([foremost], cut)):
                     if len(found.kept):
                         self._store.append_encoded(
                             self._dataset.name, self._bench.space.id, self._dataset.encoding, _raw(rows, found, form)
@@ -186,18 +189,13 @@ class ClusterWork(Work):
                         for name, node in crew.nodes.items()
                     },
                 }
-        return done - len(lost), truncated, lost
+        return done - len(lost), truncated, [*lost, *refused]
 
-    def _order(self) -> Order:
+    def _order(self, examples: Sequence[Example]) -> Order:
         bench = self._bench
-        rows = next(self._stage.todo(LOOK))
         settings = Settings(model=self._settings.model, device=self.device, batch_tokens=self._settings.batch_tokens)
-        first = self.task.encode(rows)
+        first = examples[:LOOK]
         return Order(bench.space, settings, self._dataset, bench.warm, first, self._options.worker_cpus)
-
-    def _jobs(self) -> Iterator[tuple[tuple[Any, ...], int]]:
-        for rows, examples in windows(self._stage.todo(), self.task, self.tokens):
-            yield (rows, examples), len(rows)
 
 
 def _raw(rows: Sequence[Row], found: WindowFactors, form: RowFormat) -> RawBatch:

@@ -17,7 +17,7 @@ from repmatch.curator.tasks.head_loss import linear_cross_entropy
 from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
-from repmatch.errors import InputError, ModelError
+from repmatch.errors import ModelError, RefusedRowsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,8 @@ NAME = "causal-lm"
 PLAIN = "prompt+completion+eos"
 CHAT = "chat"
 IGNORED = -100
+# Answers of one character that no text has, to find where a template puts an answer.
+_MARKS = ("\ue000", "\ue001")
 
 
 class CausalLanguage:
@@ -66,29 +68,33 @@ class CausalLanguage:
 
         Returns:
             One example a row, in order; "input_ids", and under "prompt" the number of tokens before the completion.
+
+        Raises:
+            RefusedRowsError: the chat template refuses rows, or their prompt or completion has no tokens.
         """
-        if self.template == CHAT:
-            pairs = [self._rendered(row) for row in rows]
-        else:
-            pairs = [(row.text, row.text_pair or "") for row in rows]
+        reasons: dict[int, str] = {}
+        pairs = [self._texts(i, row, reasons) for i, row in enumerate(rows)]
         prompts = self._ids([prompt for prompt, _ in pairs], special=self.template != CHAT)
         completions = self._ids([completion for _, completion in pairs], special=False)
         eos = self.tokenizer.eos_token_id
         examples = []
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             if self.template != CHAT and eos is not None:
                 prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
                 completion = [*completion, eos]
             if not completion or not prompt:
-                raise InputError(
-                    f"{row.source}, line {row.line}: the {'completion' if prompt else 'prompt'} of {row.id!r} has no "
-                    "tokens; expected one or more. Fix the row, or use another model."
-                )
+                which = "completion" if prompt else "prompt"
+                reasons.setdefault(i, f"the {which} has no tokens; expected one or more. Fix it, or use another model")
+                continue
             before = len(prompt) + len(completion)
             completion = completion[: self.max_length - 1]
             prompt = prompt[-max(1, self.max_length - len(completion)) :]
             ids = prompt + completion
             examples.append(Example({"input_ids": ids, "prompt": len(prompt)}, None, len(ids) < before))
+        if reasons:
+            at = min(reasons)
+            where = f"{rows[at].source}, line {rows[at].line}: " if rows[at].source else ""
+            raise RefusedRowsError(f"{where}{reasons[at]}.", reasons)
         return examples
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
@@ -98,31 +104,53 @@ class CausalLanguage:
         ids: list[list[int]] = found["input_ids"]
         return ids
 
-    def _rendered(self, row: Row) -> tuple[str, str]:
-        messages = self._messages(row)
-        tokenizer: Any = self.tokenizer
+    def _texts(self, position: int, row: Row, reasons: dict[int, str]) -> tuple[str, str]:
+        """Prompt and completion; empty ones of a row that the template refuses, with the reason under its position."""
+        if self.template != CHAT:
+            return row.text, row.text_pair or ""
         try:
-            whole = tokenizer.apply_chat_template(messages, tokenize=False)
-            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            messages = self._messages(row)
+        except RowProblem as problem:  # a row that was ingested before such rows were set aside
+            reasons[position] = str(problem)
+            return "", ""
+        try:
+            whole = self._render(messages)
+            prompt = self._render(messages[:-1], add_generation_prompt=True)
+            at = len(prompt) if whole.startswith(prompt) else self._answer_at(messages, whole)
         except Exception as error:  # a template is a program of the model's makers and raises what it likes
-            raise InputError(
-                f"{row.source}, line {row.line}: the model's chat template refuses the conversation {row.id!r} "
-                f"({type(error).__name__}: {error}). Fix the row, or use another model."
-            ) from error
-        if not whole.startswith(prompt):
-            raise ModelError(
-                f"the model's chat template renders the conversation {row.id!r} differently once its answer is there, "
-                "so the answer cannot be told from the prompt. Give rows a prompt and a completion instead."
+            reasons[position] = (
+                f"the model's chat template refuses the conversation ({type(error).__name__}: {error}); fix it, or use "
+                "another model"
             )
-        return prompt, whole[len(prompt) :]
+            return "", ""
+        if at is None:
+            reasons[position] = (
+                "the model's chat template renders the conversation differently once its answer is there, so the "
+                "answer cannot be told from the prompt; give rows a prompt and a completion instead"
+            )
+            return "", ""
+        return whole[:at], whole[at:]
+
+    def _render(self, messages: Sequence[Mapping[str, str]], **how: Any) -> str:
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+
+    def _answer_at(self, messages: Sequence[Mapping[str, str]], whole: str) -> int | None:
+        """Where the answer begins in a conversation that does not begin with the prompt for it.
+
+        Some templates end a prompt for an answer with more than stands before an answer that is there, such as an
+        opened `<think>`. So another answer is rendered in its place: what comes before the first difference is the
+        prompt, if there the other answer begins.
+        """
+        mark = next(mark for mark in _MARKS if not messages[-1]["content"].strip().startswith(mark))
+        other = self._render([*messages[:-1], {**messages[-1], "content": mark}])
+        at = next((i for i, (one, two) in enumerate(zip(whole, other, strict=False)) if one != two), None)
+        return at if at and other[at] == mark else None
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
         value = json.loads(row.json).get(self._field) if self._field is not None else None
         if value is not None:
-            try:
-                return conversation(value, self._field or "")
-            except RowProblem as problem:  # a row that was ingested before such rows were set aside
-                raise InputError(f"{row.source}, line {row.line}: {problem}") from None
+            return conversation(value, self._field or "")
         return [{"role": "user", "content": row.text}, {"role": "assistant", "content": row.text_pair or ""}]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
