@@ -146,21 +146,16 @@ def ingest(
         names = [str(source) for source in sources]
         _refuse(dataset, names, options, rejected, first)
         record = _record(dataset, reader, known, first.labels, options, rejected)
-        done, truncated = 0, 0
-        lost: list[BadRow] = []
-        detail: dict[str, Any] = {}
-        arguments = {"dataset": dataset, "sources": names, "input": reader.input_hash, **working_folder()}
-        if options.shard is not None:
-            arguments["shard"] = str(options.shard)
+        done, truncated, lost, detail = 0, 0, list[BadRow](), dict[str, Any]()
+        shard = {} if options.shard is None else {"shard": str(options.shard)}
+        arguments = {"dataset": dataset, "sources": names, "input": reader.input_hash, **working_folder(), **shard}
         with store.run("ingest", arguments) as run:
             if known is None or first.todo or not settings.asks_nothing or options.shard is not None:
                 bench = _bench(store, known, _here(settings, options), record)
                 _refuse_rows(stage, bench, known, record, options)
                 if known is None or known.space_id is None:
                     bench = started(stage, first.todo, tell, bench, settings.warm_start, record)
-                RowFormat(
-                    bench.space.layout, record.encoding
-                )  # refuses sign codes above rank 1 before anything is kept
+                RowFormat(bench.space.layout, record.encoding)  # refuses sign codes above rank 1, while nothing is kept
                 work = _work(store, stage, bench, record, tell, settings, options)
                 if first.todo:
                     work.prepare()  # a start that does not fit the model is found before anything is kept
