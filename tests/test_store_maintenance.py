@@ -409,7 +409,7 @@ def test_a_reader_on_its_way_never_mixes_up_who_is_deleted_and_added_after_a_rep
         store.compact()
         monkeypatch.setattr(Salvage, "has_core", core)  # tables are copied, or all is entered again from the journals
         with store._locked():
-            store._rebuild()
+            store._rebuild([])
         store.append("d", space.id, "float32", make_batch(make_rows(5, 8, 9), space))  # a deleted id is free again
         seen += list(parts)
     assert [name for part in seen for name in part.ids] == ["r0", "r1", "r2", "r3", *(["r4"] if core else [])]

@@ -74,8 +74,13 @@ def explain(error: Exception, path: Path) -> RepMatchError:
     """
     text = str(error).strip()
     lower = text.lower()
-    if any(sign in lower for sign in ("no space left", "disk quota", "file too large")):
+    if "no space left" in lower or "disk quota" in lower:
         return StoreError(f"the disk of {path} is full. What was committed before stays; make room and run it again.")
+    if "file too large" in lower:
+        return StoreError(
+            f"cannot write {path}: a limit on the size of files is reached (see ulimit -f). What was committed before "
+            "stays; raise it and run it again."
+        )
     if "newer version of duckdb" in lower or "newer duckdb" in lower:
         return StoreVersionError(f"{path} was written by a newer DuckDB: {text} Upgrade with: pip install -U duckdb")
     if "read-only file system" in lower or "permission denied" in lower:

@@ -35,7 +35,7 @@ def writing_to(path: Path) -> Iterator[None]:
             raise
         if error.errno == errno.ELOOP:
             raise _not_plain(path) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 f"the disk of {path} is full. What was committed before stays; make room and run the command again."
             ) from error
