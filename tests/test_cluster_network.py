@@ -125,7 +125,7 @@ def test_a_node_whose_cable_is_pulled_leaves_no_trace(
 
     def progress(stage: str, done: int, total: int | None) -> None:
         busy = ray.nodes() if stage == "factors" and cables else []
-        if done >= 10 and sum(n["Alive"] for n in busy) == 3:
+        if done >= 50 and sum(n["Alive"] for n in busy) == 3:
             ip("link", "set", cables.pop(), "down")
             cables.clear()
 
@@ -138,6 +138,7 @@ def test_a_node_whose_cable_is_pulled_leaves_no_trace(
         repmatch.Curator(store, str(tiny_model)).ingest(rows, "toy")
     assert stored(tmp_path / "there") == stored(tmp_path / "here")
     addresses = {name.partition("/")[0] for name in report.detail["cluster"]["nodes"]}
-    assert addresses == {f"{NET}.2", f"{NET}.3"}
+    assert f"{NET}.2" in addresses
+    assert addresses <= {f"{NET}.2", f"{NET}.3"}  # the other may not have come to deliver anything
     assert report.detail["cluster"]["died"] >= 1
     assert any("computed again" in line for line in told)
