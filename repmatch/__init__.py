@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# oneDNN, by which torch multiplies on some processors, keeps what it made for a thousand shapes, and hardly two batches
+# of texts have the same: an ingest of 6,920 sentences took 2.5 GB, and takes 1.9 GB with this, in the same time. It is
+# read when torch loads; what the user has set holds.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 __version__ = "0.1.0"
 
