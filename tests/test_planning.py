@@ -85,6 +85,15 @@ def test_memory_grows_with_the_shapes_that_were_not_tried() -> None:
     assert planning._growth(300, 2, 2, 17) == 0
 
 
+def test_a_curator_plans_for_a_frame(tmp_path: Path, tiny_model: Path) -> None:
+    import polars as pl
+
+    with repmatch.open(tmp_path / "s") as store:
+        curator = repmatch.Curator(store, str(tiny_model))
+        found = curator.plan(pl.DataFrame(toy_rows(40)))
+        assert found.rows == curator.plan(write_rows(tmp_path / "rows.jsonl", toy_rows(40))).rows == 40
+
+
 def test_a_curator_plans_for_a_module_of_ones_own(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "r.jsonl", toy_rows(20))
     own = OwnModel(GatedLstm(len(WORDS) + 1, 2), WordTask(), "gates")

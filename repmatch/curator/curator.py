@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from repmatch.curator import neighbours, scoring, selection
 from repmatch.curator.export import write_export
-from repmatch.curator.frames import as_file, dataset_of, frame_of, is_frame
+from repmatch.curator.frames import as_sources, dataset_of, frame_of
 from repmatch.curator.ingest import IngestOptions, IngestReport, Progress, check_name, ingest
 from repmatch.curator.rows import FieldChoice
 from repmatch.curator.settings import Settings
@@ -112,11 +112,8 @@ class Curator:
         """
         part = Shard.parse(shard) if isinstance(shard, str) else shard
         options = IngestOptions(fields or FieldChoice(), encoding, strict, part, cluster)
-        if is_frame(source):
-            with as_file(source) as file:
-                return ingest(self.store, [file], dataset, self.settings, options, self.progress)
-        sources = [source] if isinstance(source, str | Path) else list(source)
-        return ingest(self.store, [str(s) for s in sources], dataset, self.settings, options, self.progress)
+        with as_sources(source) as sources:
+            return ingest(self.store, sources, dataset, self.settings, options, self.progress)
 
     def plan(self, source: Any, *, fields: FieldChoice | None = None, encoding: Encoding | None = None) -> Plan:
         """Predict what an ingest into a new dataset takes; nothing is kept.
@@ -131,12 +128,9 @@ class Curator:
         """
         from repmatch.curator.planning import plan
 
-        if is_frame(source):
-            with as_file(source) as path:
-                return self.plan(path, fields=fields, encoding=encoding)
-        sources = [source] if isinstance(source, str | Path) else list(source)
         options = IngestOptions(fields or FieldChoice(), encoding)
-        return plan([str(s) for s in sources], self.settings, options, self.progress, self.store)
+        with as_sources(source) as sources:
+            return plan(sources, self.settings, options, self.progress, self.store)
 
     def subset(self, name: str, dataset: str, *, where: str | None = None, ids: Sequence[str] | None = None) -> None:
         """Give a set of a dataset's ids a name.

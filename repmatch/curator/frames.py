@@ -22,15 +22,28 @@ if TYPE_CHECKING:
 _ROWS = 10_000
 
 
-def is_frame(source: object) -> bool:
-    """Whether an ingest's source is a frame and not the name of a file.
+@contextmanager
+def as_sources(source: Any) -> Iterator[list[str | Source]]:
+    """Make sources of what a user of Python gives.
 
     Args:
-        source: anything.
+        source: the name of a source, several of them, or a frame (see `as_file`).
 
-    Returns:
-        True for what has Arrow's C stream, for pandas frames and for `datasets.Dataset`.
+    Yields:
+        The sources.
+
+    Raises:
+        UsageError: it is a dictionary of splits, or a frame without rows.
     """
+    if _is_frame(source):
+        with as_file(source) as file:
+            yield [file]
+    else:
+        yield [str(name) for name in ([source] if isinstance(source, str | Path) else source)]
+
+
+def _is_frame(source: object) -> bool:
+    """Whether something has Arrow's C stream, or is a frame of pandas or a `datasets.Dataset`."""
     return hasattr(source, "__arrow_c_stream__") or _library(source) in ("pandas", "datasets")
 
 

@@ -26,6 +26,7 @@ from repmatch.errors import InputError
 from repmatch.store.encoding import RowFormat
 
 if TYPE_CHECKING:
+    from repmatch.curator.sources import Source
     from repmatch.curator.workbench import Workbench
     from repmatch.store import Store
 
@@ -99,7 +100,7 @@ class Plan:
 
 
 def plan(
-    sources: Sequence[str],
+    sources: Sequence[str | Source],
     settings: Settings,
     options: IngestOptions,
     progress: Progress | None = None,
@@ -111,7 +112,7 @@ def plan(
     as an ingest would compute them.
 
     Args:
-        sources: files, "-" or "hf:NAME", as for `ingest`.
+        sources: as for `ingest`.
         settings: the space.
         options: columns and encoding.
         progress: called with (stage, done, total or None).
@@ -130,7 +131,9 @@ def plan(
     reader = open_rows(sources, options.fields, kind=settings.kind)
     rows, good, bad, size, labels = _sampled(reader, settings.seed or 0, tell)
     if not rows:
-        raise InputError(f"{', '.join(sources)}: no row can be used ({bad} are bad); expected some to plan with.")
+        raise InputError(
+            f"{', '.join(map(str, sources))}: no row can be used ({bad} are bad); expected some to plan with."
+        )
     from repmatch.curator.warm import size_of
 
     with trial_store() as scratch:
