@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repmatch.curator.destination import check_destination
+from repmatch.curator.destination import check_destination, has_mark
 from repmatch.errors import UsageError
 from repmatch.printable import printable
 
@@ -29,7 +29,7 @@ def check_card(path: Path, store: Store | None = None) -> None:
     Raises:
         UsageError: it is there and was not written by this command, or `check_destination` refuses it.
     """
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and not has_mark(path, MARK):
         raise UsageError(f"{path} is there already and is no card of repmatch; export into a folder of its own.")
     check_destination(path, store, ours=lambda _: True)
 

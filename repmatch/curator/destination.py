@@ -90,6 +90,24 @@ def check_destination(
         )
 
 
+def has_mark(path: Path, mark: str, within: int = -1) -> bool:
+    """Whether a file holds the mark that a command of ours leaves in what it writes.
+
+    Args:
+        path: an existing file.
+        mark: the mark.
+        within: bytes of its beginning to look at; -1: all.
+
+    Returns:
+        True or False; False where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return mark.encode() in file.read(within)
+    except OSError:
+        return False
+
+
 def check_outside(path: Path, store: Store | None = None) -> None:
     """Refuse a path within a store's folder, links resolved: a store holds its own files only.
 

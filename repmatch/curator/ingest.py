@@ -15,7 +15,7 @@ from repmatch.curator.settings import Settings
 from repmatch.curator.shards import Shard, divide
 from repmatch.curator.warm_choice import built, check_same, keep, settled, started
 from repmatch.curator.windows import Progress, usable
-from repmatch.curator.work import Work
+from repmatch.curator.work import LOOK, Work
 from repmatch.datamodels import BadRow, Dataset, Encoding, Row
 from repmatch.errors import InputError, SpaceMismatchError, UsageError
 from repmatch.store.encoding import RowFormat
@@ -319,7 +319,8 @@ def _refuse_rows(
     """Refuse rows of which the task takes none, and with `strict` rows of which it does not take all."""
     if not options.strict and known is not None and known.space_id is not None:
         return
-    taken, count, bad = usable(bench.task(record.labels, record.fields), stage.todo(), every=options.strict)
+    rows = stage.todo() if options.strict else stage.todo(LOOK)  # a few say whether the task takes any
+    taken, count, bad = usable(bench.task(record.labels, record.fields), rows, every=options.strict)
     if bad and (options.strict or not taken):
         listed = _listed(bad[:10], len(bad))
         raise InputError(

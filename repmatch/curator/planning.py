@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SAMPLE_ROWS = 1024
 _WINDOW = 4096
 _SECONDS = 6.0
-# Peaks of whole ingests over what a trial of some seconds sees of them: 1.08 to 1.30, measured (docs/tasks.md).
+# What a trial of some seconds does not see of a whole ingest's peak; benchmarks/bench_plan.py holds it against ingests.
 _MISSED = 1.15
 # What the catalog keeps of an instance beside its row: identity, location, loss.
 _CATALOG_BYTES = 120

@@ -116,10 +116,8 @@ def recover(catalog: Catalog, folder: Path) -> None:
             "SELECT pk, pid FROM registry.runs WHERE status = 'running' AND host = ?", [socket.gethostname()]
         ).fetchall()
     for record in kept.known:
-        file = SegmentFile(segments, record.pk, record.row_bytes)
-        file.check_size(record.rows)
-        if not record.sealed:
-            file.check_rows()
+        SegmentFile(segments, record.pk, record.row_bytes).check_size(record.rows)
+    _check_rows(segments, kept.known)
     known, strange = _enter_pending(catalog, segments, kept)
     _cut(segments, known)
     _drop_empty(segments, {record.pk for record in known}, strange)
@@ -291,11 +289,18 @@ def put_segment(conn: Any, space: Space, encoding: str, file: SegmentFile, head_
     )
 
 
+def _unsealed(segments: Path, known: list[Committed]) -> list[tuple[Committed, SegmentFile]]:
+    return [(record, SegmentFile(segments, record.pk, record.row_bytes)) for record in known if not record.sealed]
+
+
+def _check_rows(segments: Path, known: list[Committed]) -> None:
+    """Check the row size of every segment that `_cut` may cut; a caller does it before it changes anything."""
+    for _, file in _unsealed(segments, known):
+        file.check_rows()
+
+
 def _cut(segments: Path, known: list[Committed]) -> None:
-    for record in known:
-        if record.sealed:
-            continue
-        file = SegmentFile(segments, record.pk, record.row_bytes)
+    for record, file in _unsealed(segments, known):
         if file.size() > file.offset(record.rows):
             file.truncate(record.rows)
         journal = journal_of(file)
@@ -320,9 +325,7 @@ def settle(catalog: Catalog, folder: Path) -> None:
     """
     with catalog.reading() as conn:
         known = committed_segments(conn)
-    for record in known:
-        if not record.sealed:
-            SegmentFile(folder / "segments", record.pk, record.row_bytes).check_rows()
+    _check_rows(folder / "segments", known)
     _cut(folder / "segments", known)
 
 

@@ -59,7 +59,7 @@ class Salvage:
             columns = conn.execute(
                 "SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = 'registry' AND NOT internal"
             ).fetchall()
-        except (duckdb.Error, KeyError, ValueError):
+        except (duckdb.Error, StoreCorruptError, ValueError):
             conn.close()
             return sound
         for table, column in columns:

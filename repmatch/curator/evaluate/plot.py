@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repmatch.curator.destination import check_destination, whole_file
+from repmatch.curator.destination import check_destination, has_mark, whole_file
 from repmatch.curator.evaluate.results import Evaluation
 from repmatch.curator.evaluate.statistics import Interval
 from repmatch.errors import MissingExtraError, RepMatchError, UsageError
@@ -21,21 +22,6 @@ _METADATA: dict[str, dict[str, Any]] = {
     ".pdf": {"Creator": MARK},
 }
 FORMATS = tuple(_METADATA)
-
-
-def is_plot(path: Path) -> bool:
-    """Whether a file is a picture of ours, by the mark in its metadata.
-
-    Args:
-        path: an existing file.
-
-    Returns:
-        True or False.
-    """
-    try:
-        return MARK.encode() in path.read_bytes()
-    except OSError:
-        return False
 
 
 def check_plot(path: Path, store: Store | None = None, *, force: bool = False) -> None:
@@ -53,7 +39,7 @@ def check_plot(path: Path, store: Store | None = None, *, force: bool = False) -
     """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path} ends in no picture format; expected one of {', '.join(FORMATS)}.")
-    check_destination(path, store, ours=is_plot, force=force)
+    check_destination(path, store, ours=partial(has_mark, mark=MARK), force=force)
     _pyplot()
 
 

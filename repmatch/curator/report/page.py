@@ -6,11 +6,12 @@ import base64
 import hashlib
 import html
 import json
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repmatch.curator.destination import check_destination, whole_file
+from repmatch.curator.destination import check_destination, has_mark, whole_file
 from repmatch.curator.report.gather import ReportOptions, gather
 from repmatch.errors import MissingExtraError, RepMatchError
 
@@ -96,22 +97,6 @@ def _hash(source: str) -> str:
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def is_report(path: Path) -> bool:
-    """Whether a file is a report, by its mark.
-
-    Args:
-        path: an existing file.
-
-    Returns:
-        True or False.
-    """
-    try:
-        with path.open("rb") as file:
-            return MARK.encode() in file.read(_HEAD)
-    except OSError:
-        return False
-
-
 def write_report(
     store: Store, path: Path, options: ReportOptions, tell: Tell | None = None, *, force: bool = False
 ) -> dict[str, Any]:
@@ -134,7 +119,7 @@ def write_report(
         RepMatchError: the file cannot be written.
         MissingExtraError: the plotting library is not installed.
     """
-    check_destination(path, store, ours=is_report, force=force)
+    check_destination(path, store, ours=partial(has_mark, mark=MARK, within=_HEAD), force=force)
     plotting_library()  # missing: say so before a minute of work
     data = gather(store, options, tell)
     content = page(data).encode("utf-8", "replace")  # a title may hold half a character, which cannot be written

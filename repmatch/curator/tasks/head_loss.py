@@ -12,8 +12,8 @@ from repmatch.curator.linear import product
 
 # Numbers that a piece of the logits holds at once on an accelerator, where few large products are fastest.
 _PIECE = 1 << 24
-# The same on a CPU, 2 MB, which a core's cache holds from the product that makes them to the one that reads them: with
-# (550, 384) and 30,522 words a sixth faster than all words at once. And the positions that share a piece at most.
+# The same on a CPU, 2 MB, which a core's cache holds from the product that makes them to the one that reads them; and
+# the positions that share a piece at most.
 _CPU_PIECE, _CPU_ROWS = 1 << 19, 1024
 
 
