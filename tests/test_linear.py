@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_models import checkpoint
 from torch import nn
 
 from repmatch.curator import linear
+from repmatch.curator.packed import Packed
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
@@ -82,3 +84,58 @@ def test_one_machine_gives_the_same_bytes_again(tmp_path: Path) -> None:
     engine, task = build(checkpoint(tmp_path), 1)
     batch = task.collate(task.encode(make_rows(9)))
     np.testing.assert_array_equal(engine.compute(batch).values, engine.compute(batch).values)
+
+
+def test_a_weight_is_packed_once_a_direction_and_goes_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Packed(1 << 20)
+    monkeypatch.setattr(linear, "PACKED", packed)
+    layer = nn.Linear(64, 32).requires_grad_(False)
+    x = torch.randn(40, 64, requires_grad=True)
+    for _ in range(2):
+        with linear.by_onednn(layer):
+            layer(x).sum().backward()
+    assert packed.used == 2 * layer.weight.nbytes
+    del layer
+    gc.collect()
+    assert packed.used == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31, 50, 1000, 1300])
+def test_packing_changes_no_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(384, 1536).requires_grad_(False)
+    x = torch.randn(rows, 384, requires_grad=True)
+    found = []
+    for limit in (0, 1 << 30):
+        packed = Packed(limit)
+        monkeypatch.setattr(linear, "PACKED", packed)
+        with linear.by_onednn(layer):
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        assert (packed.used > 0) == (limit > 0)
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-4)
+
+
+def test_a_weight_that_is_changed_in_place_is_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Packed(1 << 20)
+    monkeypatch.setattr(linear, "PACKED", packed)
+    layer = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    x = torch.randn(3, 16)
+    with linear.by_onednn(layer):
+        layer(x)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), x @ layer.weight.t())
+    assert packed.used == layer.weight.nbytes
+
+
+def test_copies_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(16, 16).requires_grad_(False) for _ in range(3)]
+    packed = Packed(2 * layers[0].weight.nbytes)
+    monkeypatch.setattr(linear, "PACKED", packed)
+    model = nn.Sequential(*layers)
+    x = torch.randn(3, 16)
+    expected = model(x)
+    with linear.by_onednn(model):
+        torch.testing.assert_close(model(x), expected)
+    assert packed.used == packed.limit

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repmatch.curator import layers
+from repmatch.curator.packed import PACKED
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +53,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
+def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """Compute a product with a weight, or its transpose, that many batches share."""
+    if _fits(x, weight) and onednn_pays():
+        weight = PACKED.of(weight, transposed=transposed)
+    else:
+        weight = weight.t() if transposed else weight
+    return product(x, weight, bias)
+
+
 def _fits(x: Tensor, weight: Tensor) -> bool:
     single = x.dtype is torch.float32 and weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
     return single and x.device.type == "cpu" and x.numel() > 0
@@ -62,16 +72,15 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        found = product(x, weight, bias)
+        ctx.weight = weight  # frozen: nothing that autograd has to watch
+        found = _frozen_product(x, weight, bias)
         # Not a view in autograd's eyes, which would keep the model from changing it in place; nothing else holds it.
         whole: Tensor = torch.ops.aten._unsafe_view(found, found.shape)
         return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product(gradients[0], weight.t()), None, None
+        return _frozen_product(gradients[0], ctx.weight, transposed=True), None, None
 
 
 def _forward(layer: nn.Linear, *args: Tensor, **options: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from repmatch.curator.export import versions
 from repmatch.errors import StoreNotFoundError
+from repmatch.hardware import physical_memory
 from repmatch.store import open as open_store
 
 if TYPE_CHECKING:
@@ -22,10 +23,7 @@ def devices() -> dict[str, Any]:
         Cores this process may use, bytes of memory, and whether a CUDA driver is present.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = None
-    if "SC_PHYS_PAGES" in os.sysconf_names and "SC_PAGE_SIZE" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"cores": cores, "memory_bytes": memory, "cuda_driver": Path("/dev/nvidiactl").exists()}
+    return {"cores": cores, "memory_bytes": physical_memory(), "cuda_driver": Path("/dev/nvidiactl").exists()}
 
 
 def overview(path: Path) -> dict[str, Any]:

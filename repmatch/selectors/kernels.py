@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -13,17 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 from repmatch.blocks import dense_block, row_blocks, same_space, take
 from repmatch.datamodels import Factors
 from repmatch.errors import SelectionError
+from repmatch.hardware import physical_memory
 from repmatch.selectors.arrays import is_symmetric, refuse_not_finite, surveyed
 from repmatch.similarity import kernel_block, mean_similarity
 from repmatch.similarity.pairs import Floats
 
 
 def _default_limit() -> int:
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = 8 << 30
-    return min(4 << 30, memory // 4)
+    return min(4 << 30, (physical_memory() or 8 << 30) // 4)
 
 
 _SURVEYED = 512  # instances from which a kernel is read by compiled code
