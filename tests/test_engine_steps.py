@@ -195,10 +195,11 @@ def test_repeated_uses_of_a_matrix_add_up(tmp_path: Path) -> None:
     """ALBERT's layers share their weights: the oracle trains one B through all three uses."""
     engine, task = build(albert(tmp_path), 1)
     assert [m.name.rsplit(".", 1)[-1] for m in engine.space.matrices] == ["query", "value"]
+    examples = task.encode(make_rows(6))
+    engine.find_way(task.collate(examples))
     uses = []
     shared = dict(engine.module.named_modules())[engine.space.matrices[0].name]
     handle = shared.register_forward_hook(lambda *_: uses.append(1))
-    examples = task.encode(make_rows(6))
     found = engine.compute(task.collate(examples))
     handle.remove()
     assert len(uses) == 3

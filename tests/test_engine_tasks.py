@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from tiny_more import (
 from torch import nn
 from torch.nn import functional
 
-from repmatch.curator.engine import FactorEngine
+from repmatch.curator import apart
+from repmatch.curator.engine import FactorEngine, Way
 from repmatch.curator.forms import dialogue
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import Example, OwnModel, RowTask, causal
@@ -91,7 +94,10 @@ def odd_case(architecture: str, targets: tuple[str, ...] | None = None) -> Calla
     def make(folder: Path) -> Case:
         model = odd_encoder(folder, architecture)
         bench = Workbench.build(Settings(model=str(model), targets=targets, device="cpu", rank=2))
-        return bench, bench.task(("no", "perhaps", "yes")), make_rows(7)
+        task = bench.task(("no", "perhaps", "yes"))
+        if architecture == "xlnet":
+            task.tokenizer.padding_side = "left"  # as its own tokenizer does: the last token is read
+        return bench, task, make_rows(7)
 
     return make
 
@@ -131,22 +137,27 @@ class WordTask(RowTask):
 class Encoder(nn.Module):
     """Torch's own encoder, which packs padded rows where nothing is trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
+        self.batch_first = batch_first
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.embedding = nn.Embedding(len(WORDS) + 1, 16)
-            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+            layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=batch_first)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
             self.head = nn.Linear(16, 3)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.encoder(self.embedding(ids), src_key_padding_mask=mask == 0)
+        embedded = self.embedding(ids)
+        given = embedded if self.batch_first else embedded.transpose(0, 1)
+        hidden = self.encoder(given, src_key_padding_mask=mask == 0)
+        hidden = hidden if self.batch_first else hidden.transpose(0, 1)
         logits: torch.Tensor = self.head((hidden * mask[:, :, None]).sum(dim=1))
         return logits
 
 
-def encoder_case(_: Path) -> Case:
-    own = OwnModel(Encoder(), WordTask(), "encoder")
+def encoder_case(_: Path, batch_first: bool = True) -> Case:
+    own = OwnModel(Encoder(batch_first), WordTask(), "encoder")
     bench = Workbench.build(Settings(model=own, targets=("linear1", "linear2"), device="cpu", rank=2))
     return bench, bench.task(("no", "perhaps", "yes")), make_rows(7)
 
@@ -171,6 +182,8 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "own encoder, padded": encoder_case,
     "deberta-v2, positions shared by the batch": odd_case("deberta-v2"),
     "longformer, in place": odd_case("longformer", ("output.dense",)),
+    "xlnet, tokens first": odd_case("xlnet", ("layer_1", "layer_2")),
+    "own encoder, tokens first": partial(encoder_case, batch_first=False),
 }
 
 
@@ -217,7 +230,7 @@ def test_factors_of_every_task_equal_the_literal_procedure(tmp_path: Path, name:
         assert {m.name.rsplit(".", 1)[-1] for m in bench.space.matrices} == {"convolution"}
 
 
-STEPPED = ("causal llama", "causal gpt2, Conv1D", "resnet, Conv2d", "own lstm", "masked bert")
+STEPPED = ("causal llama", "causal gpt2, Conv1D", "resnet, Conv2d", "own lstm", "masked bert", "xlnet, tokens first")
 
 
 @pytest.mark.parametrize("name", [*STEPPED, "own encoder, padded", "deberta-v2, positions shared by the batch"])
@@ -251,6 +264,63 @@ def test_many_steps_at_once_equal_training_each_alone(tmp_path: Path, name: str,
             kept = int((sizes > 1e-4 * sizes[0]).sum()) if sizes[0] else 0
             kept = min(kept, u.shape[1])
             assert np.linalg.norm(expected[:, :kept].T @ u[:, :kept]) ** 2 >= 0.999 * kept
+
+
+WAYS = {
+    "deberta-v2, positions shared by the batch": (Way.APART, True),
+    "xlnet, tokens first": (Way.APART, False),
+    "own encoder, tokens first": (Way.APART, False),
+    "own encoder, padded": (Way.TOGETHER, True),
+    "causal gpt2, Conv1D": (Way.TOGETHER, True),
+}
+
+
+@pytest.mark.parametrize("name", list(WAYS))
+def test_instances_that_cannot_be_told_apart_in_a_batch_are_computed_apart(tmp_path: Path, name: str) -> None:
+    bench, task, rows = CASES[name](tmp_path)
+    engine = bench.engine(3, task)
+    engine.compute(task.collate(task.encode(rows)))
+    assert (engine.way, engine.batch_first) == WAYS[name]
+
+
+@pytest.mark.parametrize("name", ["deberta-v2, positions shared by the batch", "xlnet, tokens first"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_vmap_cannot_follow_is_computed_one_by_one(
+    tmp_path: Path, name: str, steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    bench, task, rows = CASES[name](tmp_path)
+    bench = replace(bench, space=replace(bench.space, optimizer={**bench.space.optimizer, "steps": steps, "eps": 1e-4}))
+    batch = task.collate(task.encode(rows))
+    expected = bench.engine(3, task).compute(batch)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("vmap: It looks like you're calling .item() on a Tensor.\nmore")
+
+    monkeypatch.setattr(apart, "gradients", fail)
+    engine = bench.engine(3, task)
+    with caplog.at_level(logging.WARNING, "repmatch"):
+        found = engine.compute(batch)
+        engine.compute(batch)
+    assert engine.way is Way.ONE_BY_ONE
+    (record,) = caplog.records
+    assert "one by one, which is slow (vmap: It looks like you're calling .item() on a Tensor.)" in record.getMessage()
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-3)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3)
+
+
+def test_a_batch_too_large_is_no_reason_to_go_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, task, rows = CASES["xlnet, tokens first"](tmp_path)
+    engine = bench.engine(3, task)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(apart, "gradients", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.compute(task.collate(task.encode(rows)))
+    assert engine.way is Way.APART
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import Run, write_rows
 from test_engine import make_rows
-from test_engine_tasks import WordTask, causal_case, encoder_case
+from test_engine_tasks import CASES, WordTask, causal_case, encoder_case
 from tiny_models import WORDS, checkpoint
-from tiny_more import GatedLstm, odd_encoder
+from tiny_more import GatedLstm
 
 import repmatch
 from repmatch.curator import training
@@ -75,7 +75,7 @@ def test_jobs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         train_side_by_side(bench.module(3), bench.space, task, jobs)
     with pytest.raises(UsageError, match="one or more examples"):
         train_side_by_side(bench.module(3), bench.space, task, [Job([], Recipe())])
-    task.losses = lambda module, inputs: torch.full((8,), float("nan"), requires_grad=True)
+    task.losses = lambda module, inputs: torch.full(inputs["labels"].shape, torch.nan, requires_grad=True)
     with pytest.raises(ModelError, match="subset adapter 1 of 2 diverged at step 1"):
         train_side_by_side(bench.module(3), bench.space, task, jobs[:1] * 2)
 
@@ -95,9 +95,9 @@ def test_the_trainer_trains_what_is_missing_in_one_pass(run: Run, toy_store: Pat
         assert len(store.adapters()) == 3
 
 
-def test_adapters_of_a_model_that_shares_inputs_in_a_batch_are_trained_one_by_one(tmp_path: Path) -> None:
-    bench = Workbench.build(Settings(model=str(odd_encoder(tmp_path, "deberta-v2")), device="cpu", rank=2))
-    task = bench.task(LABELS)
+@pytest.mark.parametrize("name", ["deberta-v2, positions shared by the batch", "xlnet, tokens first"])
+def test_adapters_of_a_model_that_mixes_a_batch_are_trained_one_by_one(tmp_path: Path, name: str) -> None:
+    bench, task, _ = CASES[name](tmp_path)
     examples = task.encode(make_rows(12))
     jobs = [Job(examples[:7], Recipe(batch_size=4, epochs=1)), Job(examples[7:], Recipe(batch_size=3, epochs=2))]
     ticks: list[tuple[int, int]] = []

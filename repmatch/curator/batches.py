@@ -212,11 +212,14 @@ class Batches:
         def submit(examples: Sequence[Example], groups: Sequence[list[int]]) -> Iterator[Parts]:
             if not groups:
                 return iter(())
-            shortcut = self.engine.try_shortcut(self.task.collate([examples[i] for i in groups[0][:2]]))
+            few = self.task.collate([examples[i] for i in groups[0][:2]])
+            shortcut = self.engine.try_shortcut(few)
+            self.engine.find_way(few)
             for _, at in zip(groups, lent, strict=False):
                 if at == len(self._twins):
                     self._twins.append(self.engine.twin())
                 self._twins[at].precision = self.engine.precision
+                self._twins[at].take_way(self.engine)
                 idle.put(self._twins[at])
             # The longest first: what is left for the end is short.
             futures = [pool.submit(work, examples, shortcut, group) for group in reversed(groups)]

@@ -9,9 +9,11 @@ zero while B = 0, so A only shrinks by the weight decay and its direction stays.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import TypeVar
 
@@ -20,16 +22,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repmatch.curator import layers, optimizers, start
+from repmatch.curator import apart, layers, optimizers, start
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.optimizers import first_step
-from repmatch.curator.precision import Precision, computing
+from repmatch.curator.precision import Precision, computing, is_out_of_memory
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError, SharedUseError
 
 __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_rows"]
+
+logger = logging.getLogger(__name__)
+
+# Gradients of instances that are taken for one another differ by more than this, relative to the matrix's norm;
+# rounding stays below in any precision, and moves no loss by more than _MOVED. What is as small beside the largest
+# matrix as _NOTHING is rounding alone.
+_CONFUSED, _MOVED = 0.3, 0.05
+_NOTHING = 1e-5
 
 # A singular value below this share of the largest one counts as zero: its direction is rounding noise. It happens:
 # the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
@@ -38,6 +48,14 @@ _RANK_TOLERANCE = 1e-4
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Found = TypeVar("Found")
+
+
+class Way(Enum):
+    """How a batch is computed."""
+
+    TOGETHER = "together"
+    APART = "apart, in one pass"
+    ONE_BY_ONE = "one by one"
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,8 @@ class FactorEngine:
     Attributes:
         precision: what the model computes in; gradients are collected in float32 whatever it is.
         reached: names of the adapted layers that a forward pass has run so far.
+        way: how batches are computed, as far as it has been found out.
+        batch_first: whether the adapted layers have the instances in their first dimension, as far as was found out.
 
     Args:
         module: the frozen model at the shared start, in evaluation mode.
@@ -78,7 +98,9 @@ class FactorEngine:
         self.reached: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._count = 0
-        self._one_by_one = False
+        self.way = Way.TOGETHER
+        self.batch_first = True
+        self._way_found = False
         self._last_layer = LastLayer.of(module)
         self._shortcut: Shortcut | None = None
 
@@ -106,26 +128,83 @@ class FactorEngine:
             Matrix name -> (n, d_out, r) float32, and the losses (n,) float32.
 
         Raises:
-            ModelError: the layers or the losses do not keep the instances in the first dimension.
+            ModelError: the losses are not one number for each instance.
         """
         moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
         self.try_shortcut(moved)
-        return self._batch_or_one_by_one(self._gradients_of, _joined_gradients, moved)
+        self.find_way(moved)
+        return self._by_way(self._gradients_of, self._gradients_apart, _joined_gradients, moved)
 
-    def _batch_or_one_by_one(
+    def _by_way(
         self,
-        compute: Callable[[Mapping[str, Tensor]], Found],
+        together: Callable[[Mapping[str, Tensor]], Found],
+        apart: Callable[[Mapping[str, Tensor]], Found],
         joined: Callable[[Sequence[Found]], Found],
         inputs: Mapping[str, Tensor],
     ) -> Found:
-        """Compute a batch at once, or its instances one by one where a layer works once for all of them."""
+        """Compute a batch in the fastest way that its model allows."""
         count = len(next(iter(inputs.values())))
-        if not self._one_by_one:
+        if self.way is Way.TOGETHER or count == 1:
+            return together(inputs)
+        if self.way is Way.APART:
             try:
-                return compute(inputs)
-            except SharedUseError:
-                self._one_by_one = True
-        return joined([compute({k: v[at : at + 1] for k, v in inputs.items()}) for at in range(count)])
+                return apart(inputs)
+            except (RuntimeError, ValueError, TypeError) as error:  # whatever vmap cannot follow, by several names
+                if is_out_of_memory(error):
+                    raise
+                self.way = Way.ONE_BY_ONE
+                logger.warning(
+                    "the instances of this model cannot be computed together: they are computed one by one, which is "
+                    "slow (%s)",
+                    str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                )
+        return joined([together({k: v[at : at + 1] for k, v in inputs.items()}) for at in range(count)])
+
+    def find_way(self, inputs: Mapping[str, Tensor]) -> None:
+        """Find out on the first batch whether instances can be told apart in it: two are tried alone and together.
+
+        Args:
+            inputs: a batch.
+        """
+        if self._way_found or len(next(iter(inputs.values()))) < 2:
+            return
+        pair = {name: value[:2] for name, value in inputs.items()}
+        alone = [self._gradients_of({name: value[at : at + 1] for name, value in pair.items()}) for at in range(2)]
+        if not all(torch.isfinite(losses).all() for _, losses in alone):
+            return
+        self._way_found = True
+        try:
+            together, losses = self._gradients_of(pair)
+        except SharedUseError:
+            self.way = Way.APART
+            return
+        if not torch.allclose(losses, torch.cat([loss for _, loss in alone]), rtol=_MOVED, atol=_MOVED):
+            return  # the instances see each other, which no way of computing mends
+        for at, (found, _) in enumerate(alone):
+            if apart.alike(found, {name: value[at] for name, value in together.items()}, _CONFUSED, _NOTHING):
+                self.way, self.batch_first = Way.APART, False
+
+    def take_way(self, other: FactorEngine) -> None:
+        """Compute batches as another engine of the same model does.
+
+        Args:
+            other: the engine.
+        """
+        self.way, self.batch_first, self._way_found = other.way, other.batch_first, other._way_found
+
+    def _gradients_apart(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        count = len(next(iter(inputs.values())))
+        stack = AdapterStack(self.module, self.space, [self.space.seed] * count, self.device)
+        _, gradients, losses = self._apart(stack, inputs)
+        return {name: value.float() for name, value in gradients.items()}, losses
+
+    def _apart(
+        self, stack: AdapterStack, inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        with self._forward(vmapped=True):
+            found = apart.gradients(stack, self._losses, inputs)
+        self.reached |= stack.reached
+        return found
 
     def _gradients_of(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         self._gradients = {}
@@ -154,11 +233,12 @@ class FactorEngine:
         return losses
 
     @contextmanager
-    def _forward(self) -> Iterator[None]:
+    def _forward(self, vmapped: bool = False) -> Iterator[None]:
         """Compute in the engine's precision, and leave out what the loss cannot see."""
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
-            stack.enter_context(by_onednn(self.module))
+            if not vmapped:
+                stack.enter_context(by_onednn(self.module))
             if self._last_layer is not None:
                 stack.enter_context(self._last_layer.cut(self._shortcut))
             yield
@@ -217,7 +297,8 @@ class FactorEngine:
 
     def _collect(self, name: str, layer: nn.Module, projected: Tensor, delta: Tensor) -> None:
         if delta.shape[0] % self._count:
-            raise ModelError(
+            self.batch_first = False
+            raise SharedUseError(
                 f"the layer {name!r} gives {tuple(delta.shape)} for a batch of {self._count}; expected the instances "
                 "in the first dimension. Adapt another layer with --targets, or let the module keep the batch first."
             )
@@ -273,25 +354,42 @@ class FactorEngine:
         """
         moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
         self.try_shortcut(moved)
-        return self._batch_or_one_by_one(self._trained, _joined_stacks, moved)
+        self.find_way(moved)
+        return self._by_way(
+            partial(self._trained, self._learn), partial(self._trained, self._learn_apart), _joined_stacks, moved
+        )
 
-    def _trained(self, inputs: Mapping[str, Tensor]) -> tuple[AdapterStack, dict[str, Tensor], Tensor]:
+    def _trained(
+        self, learn: Callable[[AdapterStack, Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]
+    ) -> tuple[AdapterStack, dict[str, Tensor], Tensor]:
         count = len(next(iter(inputs.values())))
         stack = AdapterStack(self.module, self.space, [self.space.seed] * count, self.device)
         optimizer = optimizers.build(stack.parameters, self.space.optimizer)
         gradients: dict[str, Tensor] = {}
         first = torch.zeros(count)
-        with torch.enable_grad(), stack.attached(), self._forward():
-            for step in range(int(self.space.optimizer.get("steps", 1))):
-                losses = self._losses(inputs)
-                optimizer.zero_grad(set_to_none=True)
-                if losses.requires_grad:
-                    torch.autograd.backward(losses.sum())
-                if step == 0:
-                    first = losses.detach().float()
-                    gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in stack.b.items()}
-                optimizer.step()
+        for step in range(int(self.space.optimizer.get("steps", 1))):
+            optimizer.zero_grad(set_to_none=True)
+            losses = learn(stack, inputs)
+            if step == 0:
+                first = losses
+                gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in stack.b.items()}
+            optimizer.step()
         return stack, gradients, first
+
+    def _learn(self, stack: AdapterStack, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Fill in the gradients of a step, and return the losses before it."""
+        with torch.enable_grad(), stack.attached(), self._forward():
+            losses = self._losses(inputs)
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+        return losses.detach().float()
+
+    def _learn_apart(self, stack: AdapterStack, inputs: Mapping[str, Tensor]) -> Tensor:
+        of_a, of_b, losses = self._apart(stack, inputs)
+        for held, found in ((stack.a, of_a), (stack.b, of_b)):
+            for name, leaf in held.items():
+                leaf.grad = found[name].contiguous()
+        return losses
 
     def _after_steps(self, inputs: Mapping[str, Tensor]) -> BatchFactors:
         stack, gradients, losses = self.train(inputs)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repmatch.curator.engine import FactorEngine, Way
 from repmatch.curator.stack import AdapterStack
 from repmatch.curator.tasks import Example, Task
 from repmatch.curator.training import Recipe, Trained, batches, training_record
 from repmatch.datamodels import Space
-from repmatch.errors import ModelError, SharedUseError, UsageError
+from repmatch.errors import ModelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def train_side_by_side(
     """Train several subset adapters at once; each is what `training.train` makes of it alone, but for rounding.
 
     A step takes the next batch of every job: each batch goes through its own adapter only. A job that has had all its
-    steps leaves.
+    steps leaves. Where a model does not keep the rows of a batch apart, one job is trained after the other.
 
     Args:
         module: the frozen model at the space's start; it is as before afterwards.
@@ -72,18 +73,24 @@ def train_side_by_side(
     _check(jobs)
     total = sum(job.recipe.steps(len(job.examples)) for job in jobs)
     tell = progress or (lambda *_: None)
-    try:
+    if len(jobs) == 1 or _apart(module, space, task, [job.examples[0] for job in jobs[:2]]):
         return _trained(module, space, task, jobs, lambda done: tell(done, total))
-    except SharedUseError:  # a layer works once for all rows of a batch: one adapter after the other
-        found: list[Trained] = []
-        for job in jobs:
-            before = sum(int(trained.record["steps"]) for trained in found)
+    found: list[Trained] = []
+    for job in jobs:
+        before = sum(int(trained.record["steps"]) for trained in found)
 
-            def later(done: int, before: int = before) -> None:
-                tell(before + done, total)
+        def later(done: int, before: int = before) -> None:
+            tell(before + done, total)
 
-            found += _trained(module, space, task, [job], later)
-        return found
+        found += _trained(module, space, task, [job], later)
+    return found
+
+
+def _apart(module: nn.Module, space: Space, task: Task, pair: Sequence[Example]) -> bool:
+    """Whether rows of a batch can each have an adapter of their own."""
+    engine = FactorEngine(module, space, task.losses, str(next(module.parameters()).device))
+    engine.find_way(task.collate(pair))
+    return engine.way is Way.TOGETHER
 
 
 def _trained(

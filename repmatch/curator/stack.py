@@ -40,6 +40,7 @@ class AdapterStack:
     Attributes:
         a: matrix name -> (s, r, d_in).
         b: matrix name -> (s, d_out, r), zeros at first.
+        reached: names of the layers that have been run with adapters.
 
     Args:
         module: the frozen model.
@@ -52,6 +53,7 @@ class AdapterStack:
         self.module = module
         self.space = space
         self.size = len(seeds)
+        self.reached: set[str] = set()
         seeded = Seeded(space.matrices, space.rank, tuple(seeds))
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -72,6 +74,7 @@ class AdapterStack:
         """
         other = copy.copy(self)
         other.size = len(positions)
+        other.reached = set()
         at = list(positions)
         other.a = {name: value.detach()[at].clone().requires_grad_(True) for name, value in self.a.items()}
         other.b = {name: value.detach()[at].clone().requires_grad_(True) for name, value in self.b.items()}
@@ -119,6 +122,7 @@ class AdapterStack:
     def _add(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Tensor], output: Tensor
     ) -> Tensor:
+        self.reached.add(name)
         a, b = self.a[name], self.b[name]
         given = layers.given(args, options)
         layers.refuse_shared(name, given, self.size)

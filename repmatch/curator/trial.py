@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch import Tensor
 
+from repmatch.curator.apart import alike
 from repmatch.errors import ModelError, quote_list
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _SLACK = 1e-2
 _ROUGH_SLACK = 0.3
 _NOTHING = 1e-5
+# Gradients of a batch, and its losses.
+Computed: TypeAlias = "tuple[dict[str, Tensor], Tensor]"
 
 
 def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None:
@@ -38,11 +40,11 @@ def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None
         ModelError: a layer is not run, or instances see each other.
     """
     pair = _unlike(examples)
-    alone = [engine.gradients(task.collate([example]))[0] for example in pair]
+    alone = [engine.gradients(task.collate([example])) for example in pair]
     _check_reached(engine, task, examples)
     if len(pair) > 1:
-        _check_apart(engine, alone, engine.gradients(task.collate(pair))[0])
-    _warn_of_zeros(engine, task, examples, alone)
+        _check_apart(engine, task, pair, alone)
+    _warn_of_zeros(engine, task, examples, [gradients for gradients, _ in alone])
 
 
 def _unlike(examples: Sequence[Example]) -> list[Example]:
@@ -84,21 +86,19 @@ def _warn_of_zeros(
         )
 
 
-def _check_apart(engine: FactorEngine, alone: Sequence[dict[str, Tensor]], together: dict[str, Tensor]) -> None:
+def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alone: Sequence[Computed]) -> None:
+    gradients, losses = engine.gradients(task.collate(pair))
     slack = _ROUGH_SLACK if _is_rough(engine) else _SLACK
-    for at, found in enumerate(alone):
-        ones = {name: gradient[0].flatten().double().cpu() for name, gradient in found.items()}
-        largest = max(float(one.norm()) for one in ones.values())
-        for name, one in ones.items():
-            difference = float((one - together[name][at].flatten().double().cpu()).norm())
-            if not torch.isfinite(one).all() or difference <= slack * float(one.norm()) + _NOTHING * largest:
-                continue
-            raise ModelError(
-                f"the gradient of {name!r} for one instance is another in a batch of two (relative difference "
-                f"{difference / max(float(one.norm()), 1e-300):.2g}); expected instances that do not see each other. "
-                "Keep the batch in the first dimension, mask the padding, and use no batch statistics; of a model that "
-                "is not your own adapt other layers with --targets, or name another with --model."
-            )
+    for at, (found, loss) in enumerate(alone):
+        different = alike(found, {name: value[at] for name, value in gradients.items()}, slack, _NOTHING)
+        if different is None:
+            continue
+        raise ModelError(
+            f"the gradient of {different[0]!r} for one instance is another in a batch of two (relative difference "
+            f"{different[1]:.2g}; loss {float(loss[0]):.4g} alone, {float(losses[at]):.4g} in company); expected "
+            "instances that do not see each other. Mask the padding, and use no batch statistics; of a model that is "
+            "not your own adapt other layers with --targets, or name another with --model."
+        )
 
 
 def _is_rough(engine: FactorEngine) -> bool:

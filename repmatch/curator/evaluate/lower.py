@@ -21,14 +21,18 @@ class _Reached(Exception):  # noqa: N818 -- no error: it ends a forward pass tha
 
 
 class _Passed(nn.Module):
-    """Stands in place of a layer that need not run: its answer is what came in."""
+    """Stands in place of a layer that need not run: its answer is what came in.
 
-    def __init__(self, *, in_tuple: bool) -> None:
+    Args:
+        parts: of the layer's answer, where it is a tuple that begins with the hidden states; 0: it is these alone.
+    """
+
+    def __init__(self, parts: int) -> None:
         super().__init__()
-        self.in_tuple = in_tuple
+        self.parts = parts
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
-        return (hidden,) if self.in_tuple else hidden
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor | None, ...]:
+        return (hidden, *[None] * (self.parts - 1)) if self.parts else hidden
 
 
 def find_blocks(module: nn.Module, matrices: Sequence[Matrix]) -> tuple[str, nn.ModuleList]:
@@ -75,7 +79,7 @@ class LowerLayers:
     left: bool = False
     _states: dict[int, tuple[Example, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _given: Tensor | None = field(default=None, init=False, repr=False)
-    _in_tuple: bool = field(default=False, init=False, repr=False)
+    _parts: int = field(default=0, init=False, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, matrices: Sequence[Matrix], upper: int, *, left: bool = False) -> LowerLayers:
@@ -159,7 +163,7 @@ class LowerLayers:
             raise _Reached
 
         def shape(_: nn.Module, __: Any, output: Any) -> None:
-            self._in_tuple = isinstance(output, tuple)
+            self._parts = len(output) if isinstance(output, tuple) else 0
 
         handles = [self.blocks[self.depth].register_forward_pre_hook(see, with_kwargs=True)]
         if self.depth:
@@ -202,7 +206,7 @@ class LowerLayers:
         handle = self.blocks[self.depth].register_forward_pre_hook(put, with_kwargs=True)
         try:
             for i in range(self.depth):
-                self.blocks[i] = _Passed(in_tuple=self._in_tuple)
+                self.blocks[i] = _Passed(self._parts)
             yield
         finally:
             handle.remove()

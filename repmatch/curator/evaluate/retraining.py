@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from repmatch.curator import start
 from repmatch.curator.batches import batches_by_tokens
+from repmatch.curator.engine import FactorEngine, Way
 from repmatch.curator.evaluate.lower import LowerLayers
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
-from repmatch.errors import ModelError, SharedUseError, UsageError
+from repmatch.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from repmatch.curator.classification import Example
@@ -130,6 +131,7 @@ class Retrainer:
         self.lower: LowerLayers | None = None
         self._last_layer = LastLayer.of(self.module)
         self._shortcut: Shortcut | None = None
+        self._apart: bool | None = None  # whether trainings can go side by side
         if recipe.layers is not None:
             lower = LowerLayers.of(self.module, self.space.matrices, recipe.layers, left=self.task.left)
             self.space = replace(self.space, matrices=lower.above(self.space.matrices))
@@ -153,17 +155,16 @@ class Retrainer:
         """
         steps, tell = self.recipe.steps, progress or (lambda *_: None)
         self._prepare([*(e for job in jobs for e in job.examples), *test])
-        try:
+        if len(jobs) == 1 or self._apart:
             return self._retrained(jobs, test, lambda done: tell(done, steps))
-        except SharedUseError:  # a layer works once for all rows of a batch: one training after the other
-            found: list[Outcome] = []
-            for at, job in enumerate(jobs):
+        found: list[Outcome] = []
+        for at, job in enumerate(jobs):
 
-                def part(done: int, at: int = at) -> None:
-                    tell((at * steps + done) // len(jobs), steps)
+            def part(done: int, at: int = at) -> None:
+                tell((at * steps + done) // len(jobs), steps)
 
-                found += self._retrained([job], test, part)
-            return found
+            found += self._retrained([job], test, part)
+        return found
 
     def _retrained(self, jobs: Sequence[Job], test: Sequence[Example], tell: Callable[[int], None]) -> list[Outcome]:
         began, recipe = time.monotonic(), self.recipe
@@ -203,6 +204,12 @@ class Retrainer:
         ]
 
     def _prepare(self, examples: Sequence[Example]) -> None:
+        if self._apart is None:
+            engine = FactorEngine(self.module, self.space, self.task.losses, str(self.device))
+            engine.find_way(self._on(self.task.collate(examples[:2])))
+            self._apart = engine.way is Way.TOGETHER
+            if not engine.batch_first:  # states are kept by instance
+                self.lower = None
         if self.lower is not None:
             self.lower.remember(self.task, examples, self.bench.batch_tokens)
         if self._last_layer is not None and self._shortcut is None:

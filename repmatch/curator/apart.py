@@ -1,0 +1,74 @@
+"""Instances apart: gradients of models that do not keep the instances of a batch in the first dimension.
+
+A layer may see the tokens first, as XLNet's do, or work once for a whole batch, as DeBERTa-v2's query does for its
+relative positions. What such a layer adds to one instance's gradient cannot be read from what comes out of it. So the
+model is run as if on one instance, and torch.func.vmap makes one pass over the batch of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repmatch.curator.stack import AdapterStack
+
+Factors = Mapping[str, Tensor]
+
+
+def gradients(
+    stack: AdapterStack, losses: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Compute each instance's gradient at its own adapter.
+
+    Args:
+        stack: an adapter for every instance of the batch.
+        losses: maps inputs to the loss of each instance; it is called for one instance at a time.
+        inputs: what the model takes, first dimension n.
+
+    Returns:
+        ∂L/∂A, matrix name -> (n, r, d_in); ∂L/∂B, matrix name -> (n, d_out, r); and the losses, (n,) float32.
+
+    Raises:
+        RuntimeError: the model does something that vmap cannot follow, like asking for a tensor's value.
+    """
+    held = stack.only([0])
+
+    def one(a: Factors, b: Factors, instance: Mapping[str, Tensor]) -> Tensor:
+        held.a = {name: value[None] for name, value in a.items()}
+        held.b = {name: value[None] for name, value in b.items()}
+        return losses({name: value[None] for name, value in instance.items()})[0]
+
+    run: Callable[..., Any] = torch.func.vmap(torch.func.grad_and_value(one, argnums=(0, 1)))
+    with held.attached():
+        (of_a, of_b), found = run(_values(stack.a), _values(stack.b), dict(inputs))
+    stack.reached |= held.reached
+    return of_a, of_b, found.detach().float()
+
+
+def _values(factors: Factors) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in factors.items()}
+
+
+def alike(one: Factors, other: Factors, slack: float, nothing: float) -> tuple[str, float] | None:
+    """Compare two gradients, matrix by matrix.
+
+    Args:
+        one: matrix name -> tensor.
+        other: the same matrices.
+        slack: how far they may be apart, relative to `one`'s matrix.
+        nothing: a difference of this share of `one`'s largest matrix is rounding alone.
+
+    Returns:
+        The first matrix that differs and by how much, relative to its norm; None: none. What is not finite differs from
+        nothing.
+    """
+    doubles = {name: value.detach().flatten().double().cpu() for name, value in one.items()}
+    largest = max(float(value.norm()) for value in doubles.values())
+    for name, value in doubles.items():
+        difference = float((value - other[name].detach().flatten().double().cpu()).norm())
+        if torch.isfinite(value).all() and not difference <= slack * float(value.norm()) + nothing * largest:
+            return name, difference / max(float(value.norm()), 1e-300)
+    return None
