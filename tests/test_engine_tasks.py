@@ -25,8 +25,8 @@ from tiny_more import (
 from torch import nn
 from torch.nn import functional
 
+from repmatch.curator.conversations import dialogue
 from repmatch.curator.engine import FactorEngine
-from repmatch.curator.forms import dialogue
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import Example, OwnModel, RowTask, causal
 from repmatch.curator.workbench import Workbench
