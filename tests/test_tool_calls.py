@@ -413,6 +413,25 @@ def test_tools_are_part_of_what_a_row_is(run: Run, tmp_path: Path) -> None:
     assert changed["precision"] is not None
 
 
+def test_arguments_in_another_order_are_computed_again_once(run: Run, tmp_path: Path) -> None:
+    model, store = chat_model(tmp_path / "m"), tmp_path / "s"
+
+    def rows(arguments: dict[str, str]) -> list[dict[str, object]]:
+        call = {"name": "plot", "arguments": arguments}
+        return [{"id": "a", "messages": [ASKED[0], {**ASKED[1], "tool_calls": [call]}]}]
+
+    one = write_rows(tmp_path / "1.jsonl", rows({"film": "dull", "actor": "good"}))
+    other = write_rows(tmp_path / "2.jsonl", rows({"actor": "good", "film": "dull"}))
+    assert ingest(run, store, one, "a", model)["new"] == 1
+    assert ingest(run, store, other, "b", model)["new"] == 1
+    assert ingest(run, store, other, "a", model)["changed"] == 1
+    again = ingest(run, store, other, "a", model)
+    assert (again["unchanged"], again["changed"], again["precision"]) == (1, 0, None)
+    assert run("--store", store, "export", "a").out == other.read_text()
+    with repmatch.open(store, mode="r") as held:
+        assert held.factors("a").norms.tolist() == held.factors("b").norms.tolist()
+
+
 def test_ids_and_hashes_of_rows_without_tools_are_what_they_were(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"messages": GREETED}, {"messages": [*GREETED, *GREETED], "tools": None}]
     opened = open_rows([str(write_rows(tmp_path / "r.jsonl", rows))], FieldChoice(), kind=TASKS["causal-lm"])

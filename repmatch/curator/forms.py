@@ -24,7 +24,8 @@ class TaskKind:
         name: the task's name.
         form: what its columns hold: "classes" (text, maybe a second text, one of some labels), "numbers" (a number as
             the label), "texts" (the label is optional), "completion" (prompt and completion), "messages" (a
-            conversation) or "images" (an image, see `repmatch.curator.pictures`, and a label).
+            conversation, see `repmatch.curator.conversations`) or "images" (an image, see `repmatch.curator.pictures`,
+            and a label).
         text_field: default column with the text.
         pair_field: default column with the second text; None: none.
         about: one line for the help.
@@ -42,7 +43,9 @@ TASKS: dict[str, TaskKind] = {
     for kind in (
         TaskKind(DEFAULT_TASK, "classes", "text", "text_pair", "texts or pairs of texts with one of some labels"),
         TaskKind("text-regression", "numbers", "text", "text_pair", "texts or pairs of texts with a number as label"),
-        TaskKind("causal-lm", "completion", "prompt", "completion", "prompt and completion, or chat messages"),
+        TaskKind(
+            "causal-lm", "completion", "prompt", "completion", "prompt and completion, or chat messages with tools"
+        ),
         TaskKind("masked-lm", "texts", "text", "text_pair", "texts without labels"),
         TaskKind("image-classification", "images", "image", None, "image files with one of some labels"),
     )

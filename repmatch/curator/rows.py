@@ -46,7 +46,8 @@ class FieldChoice:
 
     Attributes:
         id_field: column with the id. Default: `id` where the first readable row has it, else the digest of the row.
-        text_field: column with the text. Default: the task's, for classification `text`.
+        text_field: column with the text. Default: the task's, for classification `text`, for causal-lm `prompt`, or
+            `messages` where the first row has no prompt.
         text_pair_field: column with the second text; "": none. Default: the task's, for classification `text_pair`
             where one of the first rows has it.
         label_field: column with the label. Default: `label`.
