@@ -135,6 +135,7 @@ def test_a_template_that_leaves_something_out_is_refused() -> None:
         (NO_TOOLS, talk(ASKED, None), "leaves out the call of 'plot'; use a model whose chat template knows tools"),
         (NO_TOOLS, talk(GREETED), "leaves out the tool 'plot'"),
         (NO_CALLS, talk(ASKED), "leaves out the call of 'plot'"),
+        (chat_templates.JOINS.replace("{{ t | tojson }}", ""), talk(ASKED), "leaves out the tool 'plot'"),
         (HERMES.replace("{{ m.name }}: {{ m.content }}", ""), talk(ASKED), r"leaves out a tool's answer \(message 3\)"),
         (HERMES.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), talk(_two_calls()), "the call of 'film'"),
     ]

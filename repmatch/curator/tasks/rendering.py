@@ -37,14 +37,15 @@ def rendered(tokenizer: PreTrainedTokenizerBase, talk: Conversation) -> list[str
         RowProblem: the template refuses the conversation, leaves out tools, calls or a tool's answer, or renders it so
             that the assistant's messages cannot be told from the rest.
     """
-    first: RowProblem | None = None
+    reason: RowProblem | None = None
     for silent, as_text in _WAYS if any("tool_calls" in message for message in talk.messages) else _WAYS[:1]:
         try:
             return _Rendering(tokenizer, talk, silent, as_text).pieces()
-        except RowProblem as problem:
-            first = first or problem
-    assert first is not None
-    raise first
+        except RowProblem as problem:  # one of what is left out says more than one of a way that the template refuses
+            if reason is None or (reason.__cause__ is not None and problem.__cause__ is None):
+                reason = problem
+    assert reason is not None
+    raise reason
 
 
 class _Rendering:
