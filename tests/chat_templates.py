@@ -50,6 +50,22 @@ MISTRAL = (
 )
 """Tools before the last question, nothing before an answer."""
 
+CHANNELS = (
+    "{% if tools %}<|start|>developer<|message|>{% for t in tools %}type {{ t.function.name }} // "
+    "{{ t.function.description }}{% endfor %}<|end|>{% endif %}{% set ns = namespace(called='') %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set later = messages[loop.index:] | selectattr('role', 'equalto', 'assistant') %}"
+    "{% if m.thinking and not later | list %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}{% if m.tool_calls %}{% set ns.called = m.tool_calls[0].function.name %}"
+    "<|start|>assistant to={{ ns.called }}"
+    "<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}<|start|>assistant<|channel|>final"
+    "<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% elif m.role == 'tool' %}"
+    "<|start|>{{ ns.called }} to=assistant<|message|>{{ m.content | tojson }}<|end|>{% else %}"
+    "<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""Thoughts of the last answer alone, another end where it is the last, and answers of tools under the name called."""
+
 SILENT = HERMES.replace(
     "{% for c in m.tool_calls or [] %}", "{% for c in (m.tool_calls or [] if m.content is not defined else []) %}"
 )

@@ -10,10 +10,12 @@ from typing import Any
 import chat_templates
 import polars as pl
 import pytest
+import torch
 from chat_templates import HERMES, LLAMA, MISTRAL, NO_CALLS, NO_TOOLS, QWEN
 from conftest import Run, write_rows
 from tiny_models import tokenizer
 from tiny_more import causal_checkpoint
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 import repmatch
@@ -24,7 +26,8 @@ from repmatch.curator.rows import FieldChoice, open_rows
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import causal
 from repmatch.curator.tasks.rendering import rendered
-from repmatch.datamodels import Row
+from repmatch.curator.workbench import Workbench
+from repmatch.datamodels import Fields, Row
 
 PLOT = {
     "type": "function",
@@ -167,6 +170,20 @@ def test_thoughts_are_given_under_every_name() -> None:
     assert learned(QWEN, talk([*ASKED[:3], {**ASKED[3], "thinking": "slow"}]))[1].startswith("<think>\nslow\n</think>")
     with pytest.raises(RowProblem, match=r"the reasoning \['x'\]; expected text"):
         talk([GREETED[0], {**GREETED[1], "thinking": ["x"]}])
+
+
+def test_a_last_message_that_is_rendered_in_another_way() -> None:
+    thought = [{**m, "thinking": "very slow"} if m["role"] == "assistant" else m for m in ASKED]
+    call = ' to=plot<|message|>{"film": "dull"}<|call|>'
+    answer = "<|channel|>analysis<|message|>very slow<|end|><|start|>assistant<|channel|>final<|message|>not funny"
+    assert learned(chat_templates.CHANNELS, talk(thought)) == [call, answer + "<|return|>"]
+    thoughts = "<|channel|>analysis<|message|>very slow<|end|><|start|>assistant"
+    assert learned(chat_templates.CHANNELS, talk(thought[:2])) == [thoughts + call]
+    weighted = [GREETED[0], {**GREETED[1], "weight": 1}, *thought]
+    first = "<|channel|>final<|message|>loud"  # what closes the last message is not there
+    found = reader(chat_templates.CHANNELS)
+    found.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|return|>", "<|end|>"]})
+    assert rendered(found, talk(weighted))[1::2] == [first, call, answer + "<|return|>"]
 
 
 def test_what_a_rows_template_is_told() -> None:
@@ -355,6 +372,21 @@ def test_tokens_between_what_is_learned_count_for_nothing(tmp_path: Path) -> Non
         ids, labels = kept(follows + 1 - cut)
         assert ids == whole[-follows - 1 :][: len(ids)]
         assert labels == wanted[: max(len(ids_of(task, pieces[1])), len(wanted) - cut)]
+
+
+def test_the_loss_is_the_mean_over_what_is_learned(tmp_path: Path) -> None:
+    bench = Workbench.build(Settings(model=str(chat_model(tmp_path)), task="causal-lm", device="cpu"), "messages")
+    task = bench.task((), Fields("id", "messages", None, "label", "messages"))
+    row = Row("r", json.dumps({"messages": ASKED, "tools": [PLOT]}), "", "", "", "", "", "here", 1)
+    task.max_length = 1000
+    pieces = rendered(task.tokenizer, talk(ASKED))
+    ids = torch.tensor([[token for piece in pieces for token in ids_of(task, piece)]])
+    asked = torch.tensor([i % 2 == 1 for i, piece in enumerate(pieces) for _ in ids_of(task, piece)])
+    module = bench.module(0)
+    each = functional.cross_entropy(module(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    (loss,) = task.losses(module, task.collate(task.encode([row])))
+    torch.testing.assert_close(loss, each[asked[1:]].mean())
+    assert abs(float(loss - each[int(asked.nonzero()[0]) - 1 :].mean())) > 1e-3  # not that over all that follows
 
 
 def ids_of(task: causal.CausalLanguage, text: str) -> list[int]:

@@ -184,23 +184,29 @@ class _Rendering:
 
         Some templates end a prompt for an answer with more than stands before an answer that is there, such as an
         opened `<think>`, or put the tools before the last question. So another answer is rendered in its place: what
-        comes before the first difference is the prompt, if there the other answer begins.
+        comes before the first difference is the prompt, if there the other answer begins. Where it begins later, as
+        behind a thought that the other one has not, the last opening of a message before the difference counts.
         """
         before = self._text(self._messages[:at], prompt=True)
         if whole.startswith(before):
             return len(before)
-        said = self._messages[at]["content"].strip()
+        message, said = self._messages[at], self._messages[at]["content"].strip()
         mark = next(mark for mark in _MARKS if not said.startswith(mark))
         to_here, rest = self._messages[:at], self._messages[at + 1 :]
         others: list[list[Message]] = [[*to_here, {"role": "assistant", "content": mark}]]
         if rest:
-            others.append([*to_here, {**self._messages[at], "content": mark}, *rest])
+            others.append([*to_here, {**message, "content": mark}, *rest])
+        found = 0
         for other in others:
             text = self._text(other)
             found = _alike(whole, text)
             if found and text[found : found + 1] == mark:
                 return found
-        return None
+        closed = self._text(to_here)
+        opening = before[len(closed) :] if before.startswith(closed) else ""
+        place = whole.rfind(opening, 0, found) if opening else -1
+        earlier = self._text([*to_here[:-1], {**to_here[-1], "content": mark}, message, *rest])
+        return place + len(opening) if place >= _alike(whole, earlier) else None
 
     def _end(self, at: int, whole: str) -> int | None:
         """Where a message ends that others follow: with what closes it when it is the last.
@@ -217,9 +223,17 @@ class _Rendering:
         closing = alone[len(alone) - _alike(alone[::-1], varied[::-1]) :]
         varied = self._text([*to_here[:-1], other, *rest])
         place = len(whole) - _alike(whole[::-1], varied[::-1])
-        end = place + _alike(whole[place:], closing)
+        end = self._between_tokens(whole, place + _alike(whole[place:], closing))
         answered = self._text([*to_here, {**rest[0], "content": _MARKS[0]}, *rest[1:]])
         return end if end <= _alike(whole, answered) else None
+
+    def _between_tokens(self, whole: str, end: int) -> int:
+        """Move a place within a token of the vocabulary's own, such as `<|end|>`, before it."""
+        for token in self._tokenizer.added_tokens_encoder:
+            at = whole.find(token, max(0, end - len(token) + 1), end + len(token) - 1)
+            if 0 <= at < end < at + len(token):
+                return at
+        return end
 
 
 def _otherwise(message: Message) -> Message:
