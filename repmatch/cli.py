@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except RepMatchError as error:
         if debug:
             raise
-        err.error(str(error))
+        err.error(str(error) + error.origin)
         code = error.exit_code
     except BrokenPipeError:
         # The reader left (| head): not our failure, but what was not written cannot be called written either.

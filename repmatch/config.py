@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from repmatch.errors import UnknownChoiceError, UsageError
+from repmatch.errors import RepMatchError, UnknownChoiceError, UsageError
 
 NAME = "repmatch.toml"
 VARIABLE = "REPMATCH_CONFIG"
@@ -56,10 +57,45 @@ def origin(error: click.ClickException) -> str:
         A line to put below the error; "" for what was typed or came from the environment.
     """
     context, parameter = error.ctx if isinstance(error, click.UsageError) else None, getattr(error, "param", None)
-    if context is None or parameter is None or not parameter.name:
+    if context is None or not isinstance(parameter, click.Parameter):
         return ""
+    return _place(context, parameter)
+
+
+def origin_of_refused(error: RepMatchError, context: click.Context) -> str:
+    """Say where values stand that the library refused, if that is in the configuration file.
+
+    Args:
+        error: what the library raised; its text names the option (`--rank`) or quotes the text that was given.
+        context: the command's.
+
+    Returns:
+        A line for each value; "" for what was typed or came from the environment, and where the error names none.
+    """
+    found, inner = "", context
+    while True:
+        for parameter in inner.command.params:
+            if parameter.name and _is_named(parameter, inner.params.get(parameter.name), str(error)):
+                found += _place(inner, parameter)
+        if inner.parent is None:
+            return found
+        inner = inner.parent
+
+
+def _is_named(parameter: click.Parameter, value: Any, text: str) -> bool:
+    """Whether a message has an option's long name, or text that is its value or one of its values."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    words = [flag for flag in parameter.opts if flag.startswith("--")]
+    words += [
+        word for v in values if isinstance(v, str | Path) for word in {str(v), *str(v).split(",")} if word.strip()
+    ]
+    return any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) for word in words)
+
+
+def _place(context: click.Context, parameter: click.Parameter) -> str:
+    """Return the line that says where a parameter's value stands in the file; "" where it is not from there."""
     path = _path()
-    if path is None or context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT_MAP:
+    if path is None or context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT_MAP:
         return ""
     names: list[str] = []
     while context.parent is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from repmatch.config import origin_of_refused
+from repmatch.errors import RepMatchError
 from repmatch.output import LogHandler, Output
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from repmatch.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 DEFAULT_STORE = "repmatch-store"
 
@@ -83,7 +87,28 @@ class Context:
         return Curator(store, settings=made or Settings(**settings), recipe=recipe, progress=self.output.progress)
 
 
-pass_context = click.make_pass_decorator(Context)
+def pass_context(function: Callable[..., T]) -> Callable[..., T]:
+    """Give a command what all share as its first argument, and say where a value stands that was not typed.
+
+    Args:
+        function: a command's function.
+
+    Returns:
+        The function without that argument.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **given: Any) -> T:
+        current = click.get_current_context()
+        try:
+            return current.invoke(function, current.find_object(Context), *arguments, **given)
+        except RepMatchError as error:
+            error.origin = origin_of_refused(error, current)
+            raise
+
+    return call
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
 device_option = click.option(
     "--device",

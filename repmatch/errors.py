@@ -12,9 +12,15 @@ from typing import Any
 
 
 class RepMatchError(Exception):
-    """Base of every error that repmatch raises on purpose."""
+    """Base of every error that repmatch raises on purpose.
+
+    Attributes:
+        exit_code: what the command line leaves with.
+        origin: lines on where a value comes from that was not typed, set by the command line.
+    """
 
     exit_code = 1
+    origin = ""
 
     def __str__(self) -> str:
         """Return the plain message (KeyError would add quotes)."""

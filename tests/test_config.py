@@ -99,6 +99,40 @@ def test_only_a_value_of_the_file_is_said_to_stand_there(
     assert run("info").code == 0  # it has no such option
 
 
+REFUSED = [
+    ("[ingest]\nrank = 99", "'rank' in [ingest]", "--rank 99 is out of range"),
+    ("device = 'tpu'", "'device' above all tables", "the device 'tpu' is unknown"),
+    ("[ingest]\ndevice = 'tpu'\nrank = 2", "'device' in [ingest]", "the device 'tpu' is unknown"),
+    ("model = 'no/such'", "'model' above all tables", "no/such"),
+    ("[ingest]\nmodel = 'embedded'\ntext-field = 'body'", "'text-field' in [ingest]", "there is no column 'body'"),
+    ("[ingest]\ntargets = ['query', 'valeu']\nrank = 2", "'targets' in [ingest]", "valeu"),
+    ("store = 'file'", "'store' above all tables", "file"),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "message"), REFUSED)
+def test_what_the_library_refuses_is_said_to_stand_in_the_file(
+    run: Run, here: Path, toy_file: Path, tiny_model: Path, text: str, place: str, message: str
+) -> None:
+    (here / "file").write_text("")
+    (here / "repmatch.toml").write_text(text + "\n")
+    model = () if "model" in text else ("--model", tiny_model)
+    result = run("ingest", toy_file, "--dataset", "d", *model)
+    assert result.code != 0
+    assert message in result.err
+    assert f"The value is that of {place} of repmatch.toml." in result.err
+    assert result.err.count("The value is that of") == 1
+    typed = [word for line in text.splitlines() if "= " in line for word in _typed(line)]
+    result = run("--store", here / "s", "ingest", toy_file, "--dataset", "d", *model, *typed)
+    assert "The value is that of" not in result.err
+
+
+def _typed(line: str) -> list[str]:
+    key, value = line.split(" = ")
+    words = value.strip("[]").replace("'", "").replace(" ", "")
+    return [] if key == "store" else [f"--{key}", words]
+
+
 def test_an_option_that_may_be_repeated_takes_one_text_or_a_list(here: Path) -> None:
     (here / "repmatch.toml").write_text(
         "[evaluate]\ntest = 'held-out.jsonl'\nstrategy = ['random', 'top']\n[select]\nmix = ['top=1', 'random=2']\n"

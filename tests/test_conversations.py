@@ -10,7 +10,8 @@ from conftest import Run, write_rows
 from tiny_more import causal_checkpoint
 
 import repmatch
-from repmatch.curator.forms import TASKS, conversation, messages_in
+from repmatch.curator.conversations import conversation, messages_in
+from repmatch.curator.forms import TASKS
 from repmatch.curator.records import RowProblem
 from repmatch.curator.rows import FieldChoice, open_rows
 
@@ -68,15 +69,17 @@ def test_a_prompt_may_look_like_a_conversation(tmp_path: Path) -> None:
         ({"role": "assistant", "content": ["x"]}, "expected parts of text only"),
         ({"role": "assistant", "content": []}, "expected an answer of the assistant"),
         ({"role": "assistant", "content": None}, "whose role and content are text"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "with tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "which names no function"),
         ("x", "whose role and content are text"),
     ],
 )
 def test_messages_that_cannot_be_learned_from(message: Any, reason: str) -> None:
     with pytest.raises(RowProblem, match=reason):
-        conversation([TALK[0], message], "messages")
+        conversation({"messages": [TALK[0], message]}, "messages")
 
 
 def test_fields_beside_role_and_content_are_left_out() -> None:
     more = {**TALK[1], "tool_calls": None, "name": "x"}
-    assert conversation([TALK[0], more], "messages") == TALK
+    found = conversation({"messages": [TALK[0], more]}, "messages")
+    assert list(found.messages) == TALK
+    assert found.identity() == json.dumps(TALK, sort_keys=True, separators=(",", ":"))

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +147,52 @@ def test_an_export_that_was_changed_since_is_the_users(run: Run, own: Path) -> N
     assert run(*asked).code == 2
     assert (own / "core.jsonl").read_bytes() == changed
     assert run(*asked, "--force").code == 0
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from repmatch.cli import main
+left, replace = int(sys.argv[1]), pathlib.Path.replace
+def renamed(part, target):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(part, target)
+pathlib.Path.replace = renamed
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("earlier", [None, "export", "mine"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_export_that_was_killed_is_made_again_without_force(
+    run: Run, own: Path, earlier: str | None, renames: int
+) -> None:
+    asked = ("--store", "s", "export", "core", "-o", "core.jsonl")
+    if earlier == "export":
+        assert run("--store", "s", "export", "docs", "-o", "core.jsonl").code == 0
+    elif earlier == "mine":
+        (own / "core.jsonl").write_text("mine\n")
+    before = (own / "core.jsonl").read_bytes() if earlier else None
+    more = ("--force",) if earlier == "mine" else ()
+    command = [sys.executable, "-c", KILLED, str(renames), *asked, "--card", *more]
+    assert subprocess.run(command, capture_output=True, timeout=100, check=False).returncode == -signal.SIGKILL
+    there = (own / "core.jsonl").read_bytes() if (own / "core.jsonl").exists() else None
+    assert (there == before) == (renames < 2)
+    again = run(*asked, "--card")
+    if earlier == "mine" and renames < 2:  # what is the user's stays so until it is replaced
+        assert (again.code, (own / "core.jsonl").read_bytes()) == (2, before)
+        return
+    assert again.code == 0, again.err
+    described = json.loads((own / "core.jsonl.manifest.json").read_text())["file"]
+    assert described["sha256"] == hashlib.sha256((own / "core.jsonl").read_bytes()).hexdigest()
+    assert described.get("replaces") == (
+        hashlib.sha256(before).hexdigest() if before and earlier == "export" and renames < 2 else None
+    )
+    with (own / "core.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert run(*asked).code == 2
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"format": "repmatch-manifest-1", "file": 3}'])

@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn import functional
 
 from repmatch.curator import apart
+from repmatch.curator.conversations import dialogue
 from repmatch.curator.engine import FactorEngine, Way
-from repmatch.curator.forms import dialogue
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import Example, OwnModel, RowTask, causal
 from repmatch.curator.workbench import Workbench

@@ -48,7 +48,7 @@ _SPACE: tuple[Callable[[F], F], ...] = (
         "--template",
         type=click.Choice(["plain", "chat"]),
         help="How causal-lm joins prompt and completion: end to end, or by the model's chat template.  "
-        "[default: chat for messages, else plain]",
+        "[default: chat for messages, with their tools; else plain]",
     ),
     model_option,
     click.option("--rank", type=int, help="LoRA rank.  [default: the dataset's own; 1 for a new one]"),

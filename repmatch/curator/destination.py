@@ -21,11 +21,12 @@ _OUTSIDE = ("-", "hf:")  # sources that are no files
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
+def whole_file(path: Path, *, before: Callable[[], object] | None = None) -> Iterator[Callable[[bytes], Any]]:
     """Write beside the target and rename onto it at the end, so that no half-written file is ever seen.
 
     Args:
         path: the file; an existing one is replaced.
+        before: called when all is on disk, just before the rename.
 
     Yields:
         The function that writes bytes.
@@ -43,6 +44,8 @@ def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)
+        if before is not None:
+            before()
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

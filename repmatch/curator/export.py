@@ -91,7 +91,8 @@ def write_export(
 ) -> dict[str, Any]:
     """Write an export and its manifest; the file appears whole or not at all.
 
-    An earlier export, which the manifest beside it tells by its digest, is replaced.
+    An earlier export, which the manifest beside it tells by its digest, is replaced. The manifest goes first, with the
+    digest of what is replaced: whenever the run is killed, the next one knows the file that is there.
 
     Args:
         store: the store.
@@ -123,17 +124,23 @@ def write_export(
         found = manifest(store, name, with_scores=with_scores)
         found["file"] = {"name": path.name, "rows": sum(1 for _ in lines), "sha256": None}
         return found
+    replaced = _digest(path) if is_export(path) else None  # what --force replaces is not ours before it is replaced
+    found = manifest(store, name, with_scores=with_scores)
+
+    def describe() -> None:
+        found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
+        if replaced not in (None, sha.hexdigest()):
+            found["file"]["replaces"] = replaced
+        with whole_file(beside) as write:
+            write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+
     try:
-        with whole_file(path) as write:
+        with whole_file(path, before=describe) as write:
             for line in lines:
                 data = (line + "\n").encode()
                 sha.update(data)
                 write(data)
                 rows += 1
-        found = manifest(store, name, with_scores=with_scores)
-        found["file"] = {"name": path.name, "rows": rows, "sha256": sha.hexdigest()}
-        with whole_file(beside) as write:
-            write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
         if card:
             with whole_file(readme) as write:
                 write(card_text(found, composition_of(store, name)).encode())
@@ -145,6 +152,8 @@ def write_export(
 def is_export(path: Path) -> bool:
     """Whether a file is an export as it was written: the manifest beside it has its digest.
 
+    So it has of the export before, which is still there where a run was killed.
+
     Args:
         path: an existing file.
 
@@ -152,13 +161,16 @@ def is_export(path: Path) -> bool:
         True or False.
     """
     about = _described(_manifest_of(path))
-    if about is None:
-        return False
+    found = None if about is None else _digest(path)
+    return about is not None and found is not None and found in (about.get("sha256"), about.get("replaces"))
+
+
+def _digest(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
-            return bool(hashlib.file_digest(file, "sha256").hexdigest() == about.get("sha256"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        return False
+        return None
 
 
 def _manifest_of(path: Path) -> Path:

@@ -97,6 +97,11 @@ def _tables(frame: Any) -> Iterator[Any]:
                 batch = batch.set_column(batch.schema.get_field_index(column), column, values)
             yield batch
         return
+    if library == "polars" and hasattr(frame, "to_arrow"):
+        import polars as pl
+
+        # Parquet is not written of views of strings within lists of objects, which messages are.
+        frame = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     table = pa.Table.from_pandas(frame, preserve_index=False) if library == "pandas" else pa.table(frame)
     for lo in range(0, table.num_rows, _ROWS):
         yield table.slice(lo, _ROWS)

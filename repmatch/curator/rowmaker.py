@@ -11,6 +11,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from repmatch.curator import forms, pictures
+from repmatch.curator.conversations import conversation
 from repmatch.curator.records import Record, RowProblem, not_finite, shown
 from repmatch.datamodels import BadRow, Fields, Row
 from repmatch.errors import quote_list
@@ -127,9 +128,8 @@ class RowMaker:
         """Text, second text, label, and the JSON text of all that the task reads."""
         fields, form = self._fields, self._fields.form
         if form == "messages":
-            messages = forms.conversation(value.get(fields.text_field), fields.text_field)
-            text, pair = forms.dialogue(messages[:-1]), messages[-1]["content"]
-            return text, pair, forms.optional_label(value.get(fields.label_field)), _CANONICAL.encode(messages)
+            talk = conversation(value, fields.text_field, fields.text_pair_field)
+            return talk.prompt, talk.answer, forms.optional_label(value.get(fields.label_field)), talk.identity()
         encode = encode_basestring_ascii  # canonical JSON of a str
         if form == "images":
             picture, label = self._picture(value), self._label(value)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from repmatch.curator.forms import TaskKind, messages_in, task_kind
+from repmatch.curator.conversations import messages_in
+from repmatch.curator.forms import TaskKind, task_kind
 from repmatch.curator.records import BadRecord, Record
 from repmatch.curator.rowmaker import MAX_NAME_CHARS, MAX_TEXT_CHARS, RowMaker
 from repmatch.curator.sources import Source, find
@@ -45,7 +46,8 @@ class FieldChoice:
 
     Attributes:
         id_field: column with the id. Default: `id` where the first readable row has it, else the digest of the row.
-        text_field: column with the text. Default: the task's, for classification `text`.
+        text_field: column with the text. Default: the task's, for classification `text`, for causal-lm `prompt`, or
+            `messages` where the first row has no prompt.
         text_pair_field: column with the second text; "": none. Default: the task's, for classification `text_pair`
             where one of the first rows has it.
         label_field: column with the label. Default: `label`.
@@ -255,7 +257,9 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
         if choice.text_field is None and text not in (values[0] if values else ()) and _has(values, "messages"):
             text = "messages"
         if values and _talks(values, text, pair or kind.pair_field or ""):
-            return Fields(id_field, text, None, label, "messages")
+            second = kind.pair_field if pair is None and text == kind.text_field else pair
+            answered = second and any(value.get(second) is not None for value in values)
+            return Fields(id_field, text, second if answered else None, label, "messages")
         return Fields(id_field, text, pair or kind.pair_field, label, form)
     if form == "images":
         if pair:
@@ -272,10 +276,13 @@ def _has(values: Sequence[Mapping[str, Any]], column: str) -> bool:
 
 
 def _talks(values: Sequence[Mapping[str, Any]], text: str, pair: str) -> bool:
-    """Whether a column holds conversations: lists, or, where no completion stands beside it, their JSON text."""
+    """Whether a column holds conversations: lists, or their JSON text where the completion is none or such text too."""
     if isinstance(values[0].get(text), list):
         return True
-    return not _has(values, pair) and any(isinstance(messages_in(value.get(text)), list) for value in values)
+    texts = [value for value in values if isinstance(messages_in(value.get(text)), list)]
+    return bool(texts) and (
+        not _has(values, pair) or any(isinstance(messages_in(value.get(pair)), list) for value in texts)
+    )
 
 
 def _check_choice(choice: FieldChoice) -> None:

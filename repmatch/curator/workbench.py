@@ -171,8 +171,8 @@ class Workbench:
             )
         tokenizer = _tokenizer(self.model)
         if space.task == causal.NAME:
-            column = fields.text_field if fields is not None and fields.form == "messages" else None
-            return causal.CausalLanguage(tokenizer, space.template, space.max_length, column)
+            columns = (fields.text_field, fields.text_pair_field) if fields and fields.form == "messages" else ()
+            return causal.CausalLanguage(tokenizer, space.template, space.max_length, *columns)
         if space.task == masked.NAME:
             return masked.MaskedLanguage(tokenizer, space.max_length, space.seed)
         if space.task == regression.NAME:

@@ -20,7 +20,8 @@ class Row:
         text_pair: second text field or None; the completion, or the last message.
         label: the label as text; "" where the task needs none and the row has none.
         row_hash: digest of the canonical row.
-        task_hash: digest of what the task reads (text, text_pair, label): the factors depend on nothing else.
+        task_hash: digest of what the task reads (text, text_pair, label; of a conversation messages, tools and which
+            are learned): the factors depend on nothing else.
         source: file the row came from.
         line: line (JSONL, CSV) or row number (Parquet, hub) in it, from 1.
     """
@@ -60,7 +61,8 @@ class Fields:
     Attributes:
         id_field: column with the user's id; None: the id is the digest of the row.
         text_field: column with the text.
-        text_pair_field: column with the second text; None: single texts.
+        text_pair_field: column with the second text, or the completion's messages; None: single texts, or the
+            whole conversation in one column.
         label_field: column with the label.
         form: what the columns hold, see `repmatch.curator.forms`.
     """

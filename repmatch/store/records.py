@@ -355,6 +355,6 @@ def replace_rows(conn: Any, table: str) -> None:
     names = [name for name in ROW_COLUMNS.split(", ") if name != "id"]
     sets = ", ".join(f"{name} = n.{name}" for name in names)
     conn.execute(
-        f"UPDATE registry.instances SET {sets} FROM {table} n "
-        "WHERE n.pk = registry.instances.pk AND n.old_row <> n.row_hash"
+        f"UPDATE registry.instances i SET {sets} FROM {table} n "
+        "WHERE n.pk = i.pk AND (n.old_row <> n.row_hash OR n.task_hash <> i.task_hash)"
     )

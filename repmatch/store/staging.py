@@ -261,8 +261,8 @@ class Stage:
             return row
 
         new, unchanged, changed = one(
-            "SELECT count(*) FILTER (pk IS NULL), count(*) FILTER (old_row = row_hash), "
-            "count(*) FILTER (old_row <> row_hash) FROM state"
+            "SELECT count(*) FILTER (pk IS NULL), count(*) FILTER (old_row = row_hash AND same_task), "
+            "count(*) FILTER (old_row <> row_hash OR NOT same_task) FROM state"
         )
         (same,) = one("SELECT count(*) FROM repeats WHERE same")
         (rejected,) = one("SELECT count(*) FROM bad")

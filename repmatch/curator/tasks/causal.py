@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repmatch.curator.forms import conversation
+from repmatch.curator.conversations import Conversation, conversation
 from repmatch.curator.records import RowProblem
 from repmatch.curator.tasks.head_loss import linear_cross_entropy
+from repmatch.curator.tasks.rendering import rendered
 from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.tasks.task import Example, pad
 from repmatch.datamodels import Row
@@ -26,28 +27,32 @@ NAME = "causal-lm"
 PLAIN = "prompt+completion+eos"
 CHAT = "chat"
 IGNORED = -100
-# Answers of one character that no text has, to find where a template puts an answer.
-_MARKS = ("\ue000", "\ue001")
 
 
 class CausalLanguage:
     """Prompt and completion as one sequence; the loss is the mean cross entropy of the completion's tokens.
 
     Plainly, a prompt and its completion are tokenized apart and joined, and the end-of-text token closes the
-    completion. By the chat template, the conversation is rendered as the tokenizer says; its completion is what the
-    last message adds to the prompt for it.
+    completion. By the chat template, the conversation is rendered as the tokenizer says; what its messages that are
+    learned add is the completion, what stands between them is read and not learned.
 
     Args:
         tokenizer: a fast tokenizer.
         template: `PLAIN` or `CHAT`.
         max_length: tokens kept: the start of the prompt goes first, then the end of the completion.
-        messages_field: column with the conversation, None where rows have prompt and completion.
+        messages_field: column with the conversation or its prompt, None where rows have prompt and completion as texts.
+        answer_field: column with the messages of the completion, None where the conversation is in one column.
     """
 
     name = NAME
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, messages_field: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int,
+        messages_field: str | None = None,
+        answer_field: str | None = None,
     ) -> None:
         if template == CHAT and not tokenizer.chat_template:
             raise ModelError(
@@ -58,6 +63,7 @@ class CausalLanguage:
         self.template = template
         self.max_length = max_length
         self._field = messages_field
+        self._answer_field = answer_field
         self._short = ShortHead(_short_logits)
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
@@ -67,35 +73,48 @@ class CausalLanguage:
             rows: rows with a prompt as text and a completion as second text.
 
         Returns:
-            One example a row, in order; "input_ids", and under "prompt" the number of tokens before the completion.
+            One example a row, in order; "input_ids", under "prompt" the number of tokens before the completion, and
+            under "gaps", where there are any, the ranges of tokens behind them that are not learned.
 
         Raises:
             RefusedRowsError: the chat template refuses rows, or their prompt or completion has no tokens.
         """
         reasons: dict[int, str] = {}
-        pairs = [self._texts(i, row, reasons) for i, row in enumerate(rows)]
-        prompts = self._ids([prompt for prompt, _ in pairs], special=self.template != CHAT)
-        completions = self._ids([completion for _, completion in pairs], special=False)
-        eos = self.tokenizer.eos_token_id
+        chat = self.template == CHAT
+        texts = [self._pieces(i, row, reasons) for i, row in enumerate(rows)]
+        read = iter(self._ids([piece for pieces in texts for piece in pieces[::2]], special=not chat))
+        learned = iter(self._ids([piece for pieces in texts for piece in pieces[1::2]], special=False))
+        eos = None if chat else self.tokenizer.eos_token_id
         examples = []
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if self.template != CHAT and eos is not None:
+        for i, pieces in enumerate(texts):
+            prompt, *rest = (next(learned if j % 2 else read) for j in range(len(pieces)))
+            if eos is not None:
                 prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
-                completion = [*completion, eos]
-            if not completion or not prompt:
+                rest[-1] = [*rest[-1], eos]
+            if not any(rest[::2]) or not prompt:
                 which = "completion" if prompt else "prompt"
                 reasons.setdefault(i, f"the {which} has no tokens; expected one or more. Fix it, or use another model")
                 continue
-            before = len(prompt) + len(completion)
-            completion = completion[: self.max_length - 1]
-            prompt = prompt[-max(1, self.max_length - len(completion)) :]
-            ids = prompt + completion
-            examples.append(Example({"input_ids": ids, "prompt": len(prompt)}, None, len(ids) < before))
+            examples.append(self._example(prompt, rest))
         if reasons:
             at = min(reasons)
             where = f"{rows[at].source}, line {rows[at].line}: " if rows[at].source else ""
             raise RefusedRowsError(f"{where}{reasons[at]}.", reasons)
         return examples
+
+    def _example(self, prompt: list[int], rest: list[list[int]]) -> Example:
+        """Cut the tokens of a prompt, and of what follows, to the maximum length; every second part is a gap."""
+        follows = [token for part in rest for token in part]
+        kept = follows[: self.max_length - 1]
+        asked = prompt[-max(1, self.max_length - len(kept)) :]
+        ids = asked + kept
+        gaps, at = [], len(asked)
+        for j, part in enumerate(rest):
+            if j % 2 and part and at < len(ids):
+                gaps.append((at, min(at + len(part), len(ids))))
+            at += len(part)
+        features = {"input_ids": ids, "prompt": len(asked)} | ({"gaps": tuple(gaps)} if gaps else {})
+        return Example(features, None, len(ids) < len(prompt) + len(follows))
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         with warnings.catch_warnings():
@@ -104,54 +123,25 @@ class CausalLanguage:
         ids: list[list[int]] = found["input_ids"]
         return ids
 
-    def _texts(self, position: int, row: Row, reasons: dict[int, str]) -> tuple[str, str]:
-        """Prompt and completion; empty ones of a row that the template refuses, with the reason under its position."""
-        if self.template != CHAT:
-            return row.text, row.text_pair or ""
-        try:
-            messages = self._messages(row)
-        except RowProblem as problem:  # a row that was ingested before such rows were set aside
-            reasons[position] = str(problem)
-            return "", ""
-        try:
-            whole = self._render(messages)
-            prompt = self._render(messages[:-1], add_generation_prompt=True)
-            at = len(prompt) if whole.startswith(prompt) else self._answer_at(messages, whole)
-        except Exception as error:  # a template is a program of the model's makers and raises what it likes
-            reasons[position] = (
-                f"the model's chat template refuses the conversation ({type(error).__name__}: {error}); fix it, or use "
-                "another model"
-            )
-            return "", ""
-        if at is None:
-            reasons[position] = (
-                "the model's chat template renders the conversation differently once its answer is there, so the "
-                "answer cannot be told from the prompt; give rows a prompt and a completion instead"
-            )
-            return "", ""
-        return whole[:at], whole[at:]
+    def _pieces(self, position: int, row: Row, reasons: dict[int, str]) -> list[str]:
+        """The text of a row, cut where what is learned begins and ends; the first piece is the prompt.
 
-    def _render(self, messages: Sequence[Mapping[str, str]], **how: Any) -> str:
-        tokenizer: Any = self.tokenizer
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
-
-    def _answer_at(self, messages: Sequence[Mapping[str, str]], whole: str) -> int | None:
-        """Where the answer begins in a conversation that does not begin with the prompt for it.
-
-        Some templates end a prompt for an answer with more than stands before an answer that is there, such as an
-        opened `<think>`. So another answer is rendered in its place: what comes before the first difference is the
-        prompt, if there the other answer begins.
+        Empty ones of a row that cannot be rendered, with the reason under its position.
         """
-        mark = next(mark for mark in _MARKS if not messages[-1]["content"].strip().startswith(mark))
-        other = self._render([*messages[:-1], {**messages[-1], "content": mark}])
-        at = next((i for i, (one, two) in enumerate(zip(whole, other, strict=False)) if one != two), None)
-        return at if at and other[at] == mark else None
+        if self.template != CHAT:
+            return [row.text, row.text_pair or ""]
+        try:
+            return rendered(self.tokenizer, self._talk(row))
+        except RowProblem as problem:
+            reasons[position] = str(problem)
+            return ["", ""]
 
-    def _messages(self, row: Row) -> list[dict[str, str]]:
-        value = json.loads(row.json).get(self._field) if self._field is not None else None
-        if value is not None:
-            return conversation(value, self._field or "")
-        return [{"role": "user", "content": row.text}, {"role": "assistant", "content": row.text_pair or ""}]
+    def _talk(self, row: Row) -> Conversation:
+        value = json.loads(row.json) if self._field is not None else {}
+        if self._field is not None and value.get(self._field) is not None:
+            return conversation(value, self._field, self._answer_field)
+        asked, told = ("user", row.text), ("assistant", row.text_pair or "")
+        return Conversation(tuple({"role": role, "content": text} for role, text in (asked, told)), (1,))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Pad examples to one batch, on the right.
@@ -163,11 +153,16 @@ class CausalLanguage:
             "input_ids", "attention_mask" and "labels" (n, longest) int64; a label is `IGNORED` outside completions.
         """
         ids = [list(example.features["input_ids"]) for example in examples]
-        cut = [int(example.features["prompt"]) for example in examples]
+        labels = []
+        for example, row in zip(examples, ids, strict=True):
+            label = row.copy()
+            for lo, hi in ((0, int(example.features["prompt"])), *example.features.get("gaps", ())):
+                label[lo:hi] = [IGNORED] * (hi - lo)
+            labels.append(label)
         return {
             "input_ids": pad(ids, int(self.tokenizer.pad_token_id or 0)),
             "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad([[IGNORED] * p + row[p:] for row, p in zip(ids, cut, strict=True)], IGNORED),
+            "labels": pad(labels, IGNORED),
         }
 
     def losses(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
