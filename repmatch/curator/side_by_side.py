@@ -178,7 +178,8 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(means.sum())
     optimizer.step()
-    return [float(value) for value in means.detach()]
+    found: list[float] = means.detach().tolist()
+    return found
 
 
 def seeds_of(job: Job, seeds: Sequence[int]) -> list[Job]:

@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import ENCODINGS, Encoding, FactorBatch, Layout
 from repmatch.errors import UsageError
+
+# Values that are worth a thread to round them: more than a window has that was computed on a few cores. An accelerator
+# computes larger windows in less time than one core rounds them.
+_PIECE = 1 << 23
 
 
 def _aligned(size: int, unit: int) -> int:
@@ -100,7 +105,12 @@ class RowFormat:
 
             self._finite(batch, "values", signcodes.pack(values, self.layout.dims, out.view("<u8")))
         elif self.encoding == "float16":
-            out[:, : self.value_bytes] = values.astype("<f2").view(np.uint8)
+            halves = out[:, : self.value_bytes].view("<f2")
+
+            def round_rows(lo: int, hi: int) -> None:
+                halves[lo:hi] = values[lo:hi]
+
+            in_chunks(round_rows, n, least=1 + _PIECE // max(1, self.layout.width))
         else:
             out[:, : self.value_bytes] = values.astype("<f4", copy=False).view(np.uint8)
         norms = np.ascontiguousarray(batch.norms, "<f4")
