@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ def _llama(device: str, folder: Path, small: bool) -> dict[str, Any]:
     import repmatch
     from repmatch.curator import precision
     from repmatch.curator.batches import Batches
+    from repmatch.curator.overlap import ahead
+    from repmatch.curator.windows import window_tokens, windows
+    from repmatch.curator.work import LOOK, look
     from repmatch.curator.workbench import Workbench
     from repmatch.datamodels import Row
 
@@ -138,11 +142,16 @@ def _llama(device: str, folder: Path, small: bool) -> dict[str, Any]:
     task = bench.task(())
     engine = bench.engine((), task)
     examples = task.encode(rows)
-    chosen, agreement = precision.choose(engine, task.collate(examples[:8]))
+    # As an ingest does it, but for storing: precision and batch size by the first rows, windows tokenized ahead.
     batches = Batches(engine, task, bench.batch_tokens)
-    batches.factors(rows[:8], examples[:8])
+    detail = look(batches, bench, examples[:LOOK])
+    chosen, agreement = detail["precision"], detail.get("agreement_with_float32", {})
+    batches.factors(rows[:LOOK], examples[:LOOK])
     began = time.perf_counter()
-    batches.factors(rows, examples)
+    cut = windows(iter([rows[at : at + 64] for at in range(0, count, 64)]), task, window_tokens(bench, engine))
+    with closing(ahead(((some, made, [len(some)]) for some, made in cut), device == "cuda")) as coming:
+        for _ in batches.stream(coming):
+            pass
     seconds = time.perf_counter() - began
     named = engine.module.named_parameters()
     parameters = sum(p.numel() for name, p in named if "embed" not in name and "lm_head" not in name)
