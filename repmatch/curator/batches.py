@@ -162,15 +162,17 @@ class Batches:
                     cores[at] = part.cores
                 tell(len(at))
         finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
+        # All, nearly always: then nothing is copied.
+        taken = slice(None) if finite.all() else finite
         keep = np.flatnonzero(finite).tolist()
         lost = np.flatnonzero(~finite).tolist()
         bad = [_not_finite(rows[i], losses[i], norms[i].max(), self.engine.space.optimizer) for i in lost]
         batch = FactorBatch(
             rows=tuple(rows[i] for i in keep),
-            values=values[keep],
-            cores=None if cores is None else cores[keep],
-            norms=norms[keep],
-            losses=losses[keep],
+            values=values[taken],
+            cores=None if cores is None else cores[taken],
+            norms=norms[taken],
+            losses=losses[taken],
             tokens=np.asarray([examples[i].tokens for i in keep], dtype=np.int32),
             truncated=np.asarray([examples[i].truncated for i in keep], dtype=np.bool_),
         )
@@ -261,6 +263,8 @@ class Batches:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if self.engine.device.type == "mps":
+            torch.mps.empty_cache()
 
 
 def default_workers(engine: FactorEngine) -> int:

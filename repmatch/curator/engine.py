@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmatch.curator import layers, optimizers, start
+from repmatch.curator.directions import left_singular, thin_qr, unit_rows
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing
@@ -30,11 +31,6 @@ from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError, SharedUseError
 
 __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_rows"]
-
-# A singular value below this share of the largest one counts as zero: its direction is rounding noise. It happens:
-# the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
-# step's eps adds to it is of this size.
-_RANK_TOLERANCE = 1e-4
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Found = TypeVar("Found")
@@ -74,7 +70,10 @@ class FactorEngine:
         a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
         self._a = {name: torch.from_numpy(value).to(self.device) for name, value in a.items()}
         # ΔW = B·A = (B·Rᵀ)·Qᵀ with Aᵀ = Q·R: B·Rᵀ has the left singular vectors and values of ΔW.
-        self._rt = {name: torch.linalg.qr(torch.from_numpy(value.T).double()).R.T for name, value in a.items()}
+        several = a.items() if space.rank > 1 else ()
+        split = {name: torch.linalg.qr(torch.from_numpy(value.T).double()) for name, value in several}
+        self._basis = {name: qr.Q.to(self._wide) for name, qr in split.items()}
+        self._rt = {name: qr.R.T.to(self._wide) for name, qr in split.items()}
         self.reached: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._count = 0
@@ -108,7 +107,7 @@ class FactorEngine:
         Raises:
             ModelError: the layers or the losses do not keep the instances in the first dimension.
         """
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
         self.try_shortcut(moved)
         return self._batch_or_one_by_one(self._gradients_of, _joined_gradients, moved)
 
@@ -132,15 +131,24 @@ class FactorEngine:
         self._count = len(next(iter(inputs.values())))
         with torch.enable_grad(), self._hooks(), self._forward():
             losses = self._losses(inputs)
-            if losses.requires_grad:
-                # The sum, not the mean: each instance's gradient must be that of a batch of one.
-                torch.autograd.backward(losses.sum())
+            self._backward(losses)
         rank, count = self.space.rank, len(losses)
         for matrix in self.space.matrices:
             if matrix.name not in self._gradients:
                 self._gradients[matrix.name] = torch.zeros(count, matrix.d_out, rank, device=self.device)
         gradients, self._gradients = self._gradients, {}
         return gradients, losses.detach().float()
+
+    def _backward(self, losses: Tensor) -> None:
+        """Go back without autocast: products are of the type that they were of, because their inputs are.
+
+        On an accelerator the backward pass runs in a thread of its own, where autocast knows nothing of bfloat16 and
+        would go on in its default, float16, whose range gradients leave.
+        """
+        if losses.requires_grad:
+            with torch.autocast(self.device.type, enabled=False):
+                # The sum, not the mean: each instance's gradient must be that of a batch of one.
+                torch.autograd.backward(losses.sum())
 
     def _losses(self, inputs: Mapping[str, Tensor]) -> Tensor:
         losses = self._loss(self.module, inputs)
@@ -174,7 +182,8 @@ class FactorEngine:
         """
         if self._last_layer is not None and self._shortcut is None:
             few = {name: value[:2] for name, value in inputs.items()}
-            self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
+            with computing("float32", self.device):
+                self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
         return self._shortcut or Shortcut.NONE
 
     def take_shortcut(self, shortcut: Shortcut) -> None:
@@ -228,9 +237,15 @@ class FactorEngine:
         # A matrix used several times in one pass has one gradient: the sum.
         self._gradients[name] = self._gradients[name] + part if name in self._gradients else part
 
-    def _full_precision(self) -> torch.autocast:
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
         """Gradients are collected in float32 whatever the model computes in."""
-        return torch.autocast(self.device.type, enabled=False)
+        with torch.autocast(self.device.type, enabled=False):
+            if self.precision != "tf32":
+                yield
+                return
+            with computing("float32", self.device):
+                yield
 
     def compute(self, inputs: Mapping[str, Tensor]) -> BatchFactors:
         """Compute the instance factors of a batch.
@@ -251,7 +266,7 @@ class FactorEngine:
             if self.space.rank == 1:
                 values.append(unit_rows(steps[matrix.name][:, :, 0])[0])
             else:
-                columns, core = left_singular(_double(steps[matrix.name]) @ self._rt[matrix.name].to(self._wide))
+                columns, core = left_singular(_double(steps[matrix.name]) @ self._rt[matrix.name])
                 values.append(columns.flatten(1).float())
                 cores.append(core.float())
         norms = torch.stack([unit_rows(gradients[m.name].flatten(1))[1] for m in self.space.matrices], dim=1)
@@ -271,7 +286,7 @@ class FactorEngine:
         Returns:
             The adapters; ∂L/∂B at the start, matrix name -> (n, d_out, r); and the losses there, (n,) float32.
         """
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
         self.try_shortcut(moved)
         return self._batch_or_one_by_one(self._trained, _joined_stacks, moved)
 
@@ -285,8 +300,7 @@ class FactorEngine:
             for step in range(int(self.space.optimizer.get("steps", 1))):
                 losses = self._losses(inputs)
                 optimizer.zero_grad(set_to_none=True)
-                if losses.requires_grad:
-                    torch.autograd.backward(losses.sum())
+                self._backward(losses)
                 if step == 0:
                     first = losses.detach().float()
                     gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in stack.b.items()}
@@ -306,12 +320,12 @@ class FactorEngine:
                 sign = torch.sign((a[:, 0] * start_a[0]).sum(dim=1, keepdim=True))
                 values.append(unit_rows(b[:, :, 0])[0] * sign)
                 continue
-            a, b, wide = _double(a), _double(b), _double(start_a)
-            columns, _ = left_singular(b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2))
+            a, b = _double(a), _double(b)
+            whole = b @ thin_qr(a.transpose(1, 2))[1].transpose(1, 2)
+            columns, _ = left_singular(whole)
+            size = whole.flatten(1).norm(dim=1)
             # ΔW in the basis that all instances share, the span of the start's A; what left it is not kept.
-            basis = torch.linalg.qr(wide.T).Q
-            size = (b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2)).flatten(1).norm(dim=1)
-            core = columns.transpose(1, 2) @ b @ (a @ basis)
+            core = columns.transpose(1, 2) @ b @ (a @ self._basis[matrix.name])
             cores.append((core / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None]).float())
             values.append(columns.flatten(1).float())
         return _gathered(values, cores, torch.stack(norms, dim=1), losses)
@@ -335,51 +349,17 @@ def _double(x: Tensor) -> Tensor:
 
 def _gathered(values: Sequence[Tensor], cores: Sequence[Tensor], norms: Tensor, losses: Tensor) -> BatchFactors:
     return BatchFactors(
-        values=torch.cat(list(values), dim=1).cpu().numpy(),
-        cores=torch.stack(list(cores), dim=1).cpu().numpy() if cores else None,
-        norms=norms.cpu().numpy(),
-        losses=losses.cpu().numpy(),
+        values=_on_host(torch.cat(list(values), dim=1)),
+        cores=_on_host(torch.stack(list(cores), dim=1)) if cores else None,
+        norms=_on_host(norms),
+        losses=_on_host(losses),
     )
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split rows into directions and norms; squares of very small or large numbers leave the range of float32.
-
-    Args:
-        x: (n, d).
-
-    Returns:
-        (n, d) unit rows (zeros where the row is zero), and (n,) norms.
-    """
-    tiny = torch.finfo(x.dtype).tiny
-    peak = x.abs().amax(dim=1, keepdim=True)
-    scaled = x / peak.clamp_min(tiny)
-    norm = scaled.norm(dim=1, keepdim=True)
-    return scaled / norm.clamp_min(tiny), (norm * peak.clamp_min(tiny))[:, 0]
-
-
-def left_singular(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Split matrices into left singular vectors and the rest, through the small Gram matrix.
-
-    Args:
-        m: (n, d, r) float64.
-
-    Returns:
-        (n, d, r) orthonormal columns in order of falling singular value (zero columns where the singular value is
-        zero), and (n, r, r) with columns @ core = m / |m|. A matrix that is not finite gives NaN.
-    """
-    # One NaN would make the decomposition of the whole batch fail.
-    broken = ~m.flatten(1).isfinite().all(dim=1)[:, None, None]
-    m = m.masked_fill(broken, 0.0)
-    m = m / m.flatten(1).norm(dim=1).clamp_min(torch.finfo(m.dtype).tiny)[:, None, None]
-    values, vectors = torch.linalg.eigh(m.transpose(1, 2) @ m)
-    singular = values.flip(1).clamp_min(0).sqrt()
-    vectors = vectors.flip(2)
-    keep = singular > _RANK_TOLERANCE * singular[:, :1].clamp_min(torch.finfo(m.dtype).tiny)
-    columns = (m @ vectors) * torch.where(keep, 1 / singular.clamp_min(1e-30), torch.zeros_like(singular))[:, None, :]
-    # One more QR keeps nearly parallel columns orthonormal; its R is the identity up to signs and rounding.
-    q, r = torch.linalg.qr(columns)
-    columns = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None, :]
-    columns = columns * keep[:, None, :]
-    core = columns.transpose(1, 2) @ m
-    return columns.masked_fill(broken, torch.nan), core.masked_fill(broken, torch.nan)
+def _on_host(x: Tensor) -> NDArray[np.float32]:
+    """Return an array; from CUDA by pinned memory, which is copied to at the bus' full rate and kept by torch."""
+    if x.device.type != "cuda":
+        return x.cpu().numpy()
+    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    held.copy_(x)  # waits for the device
+    return held.numpy()

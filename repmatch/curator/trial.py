@@ -87,10 +87,10 @@ def _warn_of_zeros(
 def _check_apart(engine: FactorEngine, alone: Sequence[dict[str, Tensor]], together: dict[str, Tensor]) -> None:
     slack = _ROUGH_SLACK if _is_rough(engine) else _SLACK
     for at, found in enumerate(alone):
-        ones = {name: gradient[0].flatten().double().cpu() for name, gradient in found.items()}
+        ones = {name: gradient[0].flatten().cpu().double() for name, gradient in found.items()}
         largest = max(float(one.norm()) for one in ones.values())
         for name, one in ones.items():
-            difference = float((one - together[name][at].flatten().double().cpu()).norm())
+            difference = float((one - together[name][at].flatten().cpu().double()).norm())
             if not torch.isfinite(one).all() or difference <= slack * float(one.norm()) + _NOTHING * largest:
                 continue
             raise ModelError(

@@ -1,0 +1,248 @@
+"""What the engine does on an accelerator, as far as that shows on the CPU; see pretend_device.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine import build, make_rows
+from test_engine_tasks import Case, causal_case, masked_case
+from test_store_search import stored
+from tiny_models import checkpoint
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repmatch.curator import device_scores, directions, layers, precision, workbench
+from repmatch.curator.engine import FactorEngine
+from repmatch.curator.tasks import head_loss
+from repmatch.errors import UsageError
+
+# Their results depend on the order in which an accelerator's threads come.
+UNORDERED = ("index_add", "scatter_add", "embedding_dense_backward", "cumsum", "bincount")
+
+
+def seen_away(*arguments: str) -> list[dict[str, Any]]:
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no backends written in Python")
+    script = Path(__file__).with_name("pretend_device.py")
+    ran = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return [json.loads(line.removeprefix("SEEN ")) for line in ran.stdout.splitlines() if line.startswith("SEEN ")]
+
+
+def test_nothing_is_left_on_the_cpu_and_nothing_depends_on_the_order_of_threads() -> None:
+    found = seen_away()
+    assert [case["options"] for case in found] == [
+        {},
+        {"task": "causal-lm"},
+        {"rank": "3"},
+        {"steps": "2"},
+        {"rank": "2", "steps": "2"},
+    ]
+    for case in found:
+        assert case["agreement"] > 0.9999, case["options"]
+        assert case["loss"] < 1e-5
+        assert not [name for name in case["seen"] if any(part in name for part in UNORDERED)]
+        assert case["seen"]["from the device"] == (4 if "rank" in case["options"] else 3)  # whole arrays, once a batch
+        assert case["seen"]["to the device"] == 3 + 4 * ("steps" in case["options"])  # inputs; A of four matrices
+
+
+def test_a_device_without_float64_will_do_at_rank_1() -> None:
+    assert len(seen_away("no-float64")) == 2
+
+
+def test_the_backward_pass_is_not_under_autocast(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    real, states = engine._loss, list[bool]()
+
+    def watched(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        losses = real(module, inputs)
+        if losses.requires_grad:
+            losses.register_hook(lambda _: states.append(torch.is_autocast_enabled("cpu")))  # type: ignore[no-untyped-call]
+        return losses
+
+    engine._loss = watched
+    engine.precision = "bf16"
+    engine.compute(task.collate(task.encode(make_rows(4))))
+    assert states == [False]
+
+
+@pytest.mark.parametrize("case", [causal_case("llama"), masked_case])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_language_models_compute_in_bf16(tmp_path: Path, case: Callable[[Path], Case], steps: int) -> None:
+    bench, task, rows = case(tmp_path)
+    engine = bench.engine((), task)
+    engine.space.optimizer["steps"] = steps  # type: ignore[index]
+    batch = task.collate(task.encode(rows))
+    exact = engine.compute(batch)
+    engine.precision = "bf16"
+    rough = engine.compute(batch)
+    assert 0.5 < precision.agreement(exact, rough, engine.layout).mean() < 1
+    np.testing.assert_allclose(rough.losses, exact.losses, rtol=0.05)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_frozen_head_is_cast_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_sizes", lambda *_: (10, 64))
+    draw = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, 64).requires_grad_(False)
+    hidden = torch.randn(40, 16, generator=draw).requires_grad_(True)
+    targets = torch.randint(0, 64, (40,), generator=draw)
+    with Casts((64, 16)) as casts, torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head_loss.linear_cross_entropy(hidden, head, targets)
+    assert casts.count == 1
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    expected = functional.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0], rtol=5e-2, atol=5e-2)
+
+
+def test_columns_are_made_orthonormal_for_all_matrices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = torch.randn(6, 20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m[1, :, 3] = m[1, :, 0] + 1e-3 * m[1, :, 3]  # nearly parallel
+    q, r = directions.gram_schmidt(m)
+    torch.testing.assert_close(q.mT @ q, torch.eye(4, dtype=torch.float64).expand(6, 4, 4), rtol=0, atol=1e-14)
+    torch.testing.assert_close(q @ r, m)
+    torch.testing.assert_close(q, torch.linalg.qr(m).Q * torch.linalg.qr(m).R.diagonal(dim1=1, dim2=2).sign()[:, None])
+    m[2, :, 1] = 0.0
+    assert (directions.gram_schmidt(m)[0][2, :, 1] == 0).all()
+    m[3, :, 2] = m[3, :, 1]  # rank 3
+    m[4] = torch.nan
+    expected = directions.left_singular(m)
+    monkeypatch.setattr(directions, "thin_qr", directions.gram_schmidt)
+    for one, other in zip(directions.left_singular(m), expected, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_a_library_of_cuda_without_room_for_its_workspace_is_out_of_memory() -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert precision.is_out_of_memory(error)
+    assert not precision.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+def test_a_device_is_one_of_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert workbench.pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(UsageError, match="no device 'cuda:2': this machine has 2"):
+        workbench.pick_device("cuda:2")
+
+
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Leave torch's flags as they were."""
+    backends: Any = torch.backends
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if hasattr(backends.cudnn, "conv"):
+            backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = True
+
+
+def test_float32_is_float32_whatever_a_program_has_asked_for() -> None:
+    cuda = torch.device("cuda")
+    with put_back():
+        torch.set_float32_matmul_precision("high")
+        assert torch.backends.cudnn.allow_tf32  # convolutions are in tf32 unless torch is told otherwise
+        assert precision.rounds_products(cuda)
+        with precision.computing("float32", cuda):
+            assert not torch.backends.cudnn.allow_tf32
+            assert not precision.rounds_products(cuda)
+            with precision.computing("tf32", cuda):
+                assert torch.backends.cudnn.allow_tf32
+                assert precision.rounds_products(cuda)
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_flags_of_the_newer_kind_are_kept() -> None:
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        pytest.skip("this torch has the older flags alone")
+    with put_back():
+        backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert precision.rounds_products(torch.device("cuda"))
+        with precision.computing("float32", torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_gradients_are_collected_in_float32_where_the_model_computes_in_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    assert isinstance(engine, FactorEngine)
+    collected, computed = list[str](), list[str]()
+
+    def seen(given: Any, into: list[str]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            into.append(torch.get_float32_matmul_precision())
+            return given(*args)
+
+        return call
+
+    monkeypatch.setattr(layers, "project", seen(layers.project, collected))
+    batch = task.collate(task.encode(make_rows(3)))
+    engine.try_shortcut(batch)
+    engine._loss = seen(engine._loss, computed)
+    engine.precision = "tf32"
+    engine.compute(batch)
+    assert set(collected) == {"highest"}
+    assert set(computed) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_search_on_a_device_is_in_float32(tmp_path: Path) -> None:
+    found = list[str]()
+
+    class Scores(device_scores.DeviceScores):
+        def _block(self, *given: Any) -> Tensor:
+            found.append(torch.get_float32_matmul_precision())
+            return super()._block(*given)
+
+    factors = stored(tmp_path / "s", "float32", 1).factors("d")
+    with put_back():
+        torch.set_float32_matmul_precision("high")
+        Scores("cpu")(factors, factors)
+    assert found == ["highest"]
+
+
+def test_a_precision_that_cannot_be_had_is_passed_over(tmp_path: Path) -> None:
+    engine, task = build(checkpoint(tmp_path), 1)
+    batch = task.collate(task.encode(make_rows(8)))
+    real = engine.compute
+
+    def refused(inputs: dict[str, Tensor]) -> Any:
+        if engine.precision != "float32":
+            raise RuntimeError("CUDA out of memory: a second set of weights")
+        return real(inputs)
+
+    engine.compute = refused  # type: ignore[assignment,method-assign]
+    assert precision.choose(engine, batch, ("bf16", "tf32")) == ("float32", {})
+    assert engine.precision == "float32"
