@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import build, make_rows
-from test_engine_tasks import Case, causal_case, masked_case
+from test_engine_tasks import Case, causal_case, encoder_case, masked_case
 from test_store_search import stored
 from tiny_models import checkpoint
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repmatch.curator import device_scores, directions, layers, precision, workbench
+from repmatch.curator import device_scores, directions, layers, precision, split, workbench
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.tasks import head_loss
 from repmatch.errors import UsageError
@@ -233,6 +233,49 @@ def test_a_search_on_a_device_is_in_float32(tmp_path: Path) -> None:
     assert found == ["highest"]
 
 
+@pytest.mark.parametrize("case", [causal_case("llama"), masked_case, encoder_case])
+def test_three_products_of_bfloat16_are_as_good_as_float32(tmp_path: Path, case: Callable[[Path], Case]) -> None:
+    bench, task, rows = case(tmp_path)
+    engine = bench.engine(("no", "perhaps", "yes"), task)
+    batch = task.collate(task.encode(rows))
+    exact = engine.compute(batch)
+    engine.precision = "bf16x3"
+    split = engine.compute(batch)
+    assert split.values.tobytes() != exact.values.tobytes()
+    assert precision.agreement(exact, split, engine.layout).min() > 0.9999
+    np.testing.assert_allclose(split.losses, exact.losses, rtol=1e-4)
+    assert not [layer for layer in engine.module.modules() if "forward" in vars(layer)]
+    engine.precision = "float32"
+    assert engine.compute(batch).values.tobytes() == exact.values.tobytes()
+    assert engine._split is None  # the second set of weights is gone
+
+
+def test_a_split_layer_is_linear_and_splits_an_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(96, 32, bias=False)).requires_grad_(False)
+    x = torch.randn(3, 5, 96, generator=draw).requires_grad_(True)
+    calls = list[int]()
+    real = split.parts
+    monkeypatch.setattr(split, "parts", lambda x: calls.append(x.shape[-1]) or real(x))
+    with split.Split().attached(model):
+        found = [layer(x) for layer in model]
+        found[0] += 1.0  # models change what a layer gave them
+        (gradient,) = torch.autograd.grad((found[0] ** 2).sum() + (found[1] ** 2).sum(), x)
+        assert calls == [96, 32, 64]  # the input once for both layers, and a gradient each
+        with torch.no_grad():
+            x *= 2.0  # the same tensor with other numbers
+            torch.testing.assert_close(model[1](x), x @ model[1].weight.t(), rtol=1e-4, atol=1e-4)
+            x /= 2.0
+        assert model[0](x[:0]).shape == (0, 5, 64)
+    expected = [layer(x) for layer in model]
+    expected[0] = expected[0] + 1.0
+    # Rounding to bfloat16 alone would be off by 2e-3 of the largest.
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-5)
+    (other_gradient,) = torch.autograd.grad(sum((y**2).sum() for y in expected), x)
+    torch.testing.assert_close(gradient, other_gradient, rtol=0, atol=2e-4)
+
+
 def test_a_precision_that_cannot_be_had_is_passed_over(tmp_path: Path) -> None:
     engine, task = build(checkpoint(tmp_path), 1)
     batch = task.collate(task.encode(make_rows(8)))
@@ -244,5 +287,5 @@ def test_a_precision_that_cannot_be_had_is_passed_over(tmp_path: Path) -> None:
         return real(inputs)
 
     engine.compute = refused  # type: ignore[assignment,method-assign]
-    assert precision.choose(engine, batch, ("bf16", "tf32")) == ("float32", {})
+    assert precision.choose(engine, batch, ("bf16", "bf16x3")) == ("float32", {})
     assert engine.precision == "float32"

@@ -26,6 +26,7 @@ from repmatch.curator.linear import by_onednn
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing
 from repmatch.curator.shortcuts import LastLayer, Shortcut
+from repmatch.curator.split import Split
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError, SharedUseError
@@ -80,6 +81,7 @@ class FactorEngine:
         self._one_by_one = False
         self._last_layer = LastLayer.of(module)
         self._shortcut: Shortcut | None = None
+        self._split: Split | None = None
 
     @property
     def layout(self) -> Layout:
@@ -93,6 +95,7 @@ class FactorEngine:
         other.module = copy.deepcopy(self.module, memo)
         other._last_layer = LastLayer.of(other.module)
         other._gradients = {}
+        other._split = None
         return other
 
     def gradients(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -166,6 +169,9 @@ class FactorEngine:
         """Compute in the engine's precision, and leave out what the loss cannot see."""
         with ExitStack() as stack:
             stack.enter_context(computing(self.precision, self.device))
+            self._split = (self._split or Split()) if self.precision == "bf16x3" else None
+            if self._split is not None:
+                stack.enter_context(self._split.attached(self.module))
             stack.enter_context(by_onednn(self.module))
             if self._last_layer is not None:
                 stack.enter_context(self._last_layer.cut(self._shortcut))

@@ -1,4 +1,4 @@
-"""What a model computes in: float32, tf32 or bfloat16, and whether the factors stay what they are."""
+"""What a model computes in: float32, tf32, bfloat16 or parts of it, and whether the factors stay what they are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "tf32", "bf16"]
+Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
 # Fastest first.
-CUDA: tuple[Precision, ...] = ("bf16", "tf32")
+CUDA: tuple[Precision, ...] = ("bf16", "tf32", "bf16x3")
 LEAST_AGREEMENT = 0.999
 
 
@@ -30,7 +30,8 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     """Compute in a precision.
 
     Args:
-        precision: "float32", "tf32" (matrix products on tensor cores, 10 bits of mantissa), or "bf16" (autocast).
+        precision: "float32", "tf32" (matrix products on tensor cores, 10 bits of mantissa), "bf16" (autocast) or
+            "bf16x3", which is float32 here: the engine puts `repmatch.curator.split` onto the model's linear layers.
         device: where.
 
     Yields:
