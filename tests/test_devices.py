@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import build, make_rows
+from test_engine_ingest import windows_of
 from test_engine_tasks import Case, causal_case, encoder_case, masked_case
 from test_store_search import stored
 from tiny_models import checkpoint
@@ -22,10 +23,14 @@ from torch.nn import functional
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repmatch.curator import device_scores, directions, layers, precision, split, workbench
+from repmatch.curator import batches, device_scores, directions, layers, precision, split, workbench
+from repmatch.curator.batches import Batches
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.tasks import head_loss
+from repmatch.datamodels import FactorBatch, Layout, Matrix
 from repmatch.errors import UsageError
+from repmatch.store import encoding
+from repmatch.store.encoding import RowFormat
 
 # Their results depend on the order in which an accelerator's threads come.
 UNORDERED = ("index_add", "scatter_add", "embedding_dense_backward", "cumsum", "bincount")
@@ -289,3 +294,53 @@ def test_a_precision_that_cannot_be_had_is_passed_over(tmp_path: Path) -> None:
     engine.compute = refused  # type: ignore[assignment,method-assign]
     assert precision.choose(engine, batch, ("bf16", "bf16x3")) == ("float32", {})
     assert engine.precision == "float32"
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bf16x3"])
+def test_one_thread_beside_this_one_computes_the_same_bytes(tmp_path: Path, chosen: precision.Precision) -> None:
+    engine, task = build(checkpoint(tmp_path), 2)
+    engine.precision = chosen
+    rows = make_rows(40)
+    here, beside = Batches(engine, task, 60, 1), Batches(engine, task, 60, 1)
+    beside._apart = True  # as it is on CUDA
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # here; the other thread has one anyway, and a product by several is rounded otherwise
+    try:
+        expected = list(here.stream(windows_of(rows, task, 20, 20)))
+    finally:
+        torch.set_num_threads(threads)
+    found = list(beside.stream(windows_of(rows, task, 20, 20)))
+    assert len(found) == 2
+    for (one, _), (other, _) in zip(found, expected, strict=True):
+        assert one.values.tobytes() == other.values.tobytes()
+        assert one.rows == other.rows
+    if chosen == "bf16x3":
+        assert engine._split is not None
+        assert beside._twins[0]._split is not None
+        assert beside._twins[0]._split._weights is engine._split._weights  # one second set of weights
+
+
+def test_many_rows_are_put_in_their_places_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPMATCH_THREADS", "3")
+    monkeypatch.setattr(batches, "_PIECE", 8)
+    part = np.arange(40, dtype=np.float32).reshape(10, 4)
+    values = np.zeros((12, 4), np.float32)
+    batches._put(values, [11, 3, 0, 1, 2, 10, 4, 5, 6, 9], part)
+    assert values[[11, 3, 0, 1, 2, 10, 4, 5, 6, 9]].tolist() == part.tolist()
+    assert not values[[7, 8]].any()
+
+
+def test_rows_are_encoded_by_several_threads_as_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout((Matrix("m", 8, 4),), 1)
+    values = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    rows = tuple(make_rows(30))
+    counts = {"tokens": np.ones(30, np.int32), "truncated": np.zeros(30, np.bool_)}
+    batch = FactorBatch(rows, values, None, np.ones((30, 1), np.float32), np.ones(30, np.float32), **counts)
+    expected = RowFormat(layout, "float16").encode(batch)
+    monkeypatch.setenv("REPMATCH_THREADS", "3")
+    monkeypatch.setattr(encoding, "_PIECE", 16)
+    np.testing.assert_array_equal(RowFormat(layout, "float16").encode(batch), expected)
+    np.testing.assert_array_equal(expected[:, :16].view("<f2"), values.astype("<f2"))
+    values[21, 3] = np.nan
+    with pytest.raises(UsageError, match=rows[21].id):
+        RowFormat(layout, "float16").encode(batch)

@@ -12,7 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import BadRow, FactorBatch, Row
 from repmatch.errors import ModelError
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Numbers that are worth a thread to copy them; batches on the CPU make fewer.
+_PIECE = 1 << 21
 # What a batch costs beside its tokens, as a share of the tokens it may hold.
 _BATCH_COST = 1 / 32
 
@@ -79,6 +83,8 @@ class Batches:
         self.limit = limit
         self._workers = default_workers(engine) if workers is None else workers
         self._twins: list[FactorEngine] = []
+        # On CUDA one thread computes all batches, so that the device works while windows are put together here.
+        self._apart = self._workers > 1 or engine.device.type == "cuda"
 
     def factors(
         self,
@@ -106,7 +112,7 @@ class Batches:
         """Compute the factors of windows, each in batches of similar length.
 
         On the CPU each core computes a batch of its own, and when it finds none left in a window it begins with the
-        next window's: no core waits for another, nor for what the caller does with a window.
+        next window's: no core waits for another, nor for what the caller does with a window. Nor does a CUDA device.
 
         Args:
             windows: rows, the same rows made ready, and the rows of each window where several are joined; no batch
@@ -118,7 +124,7 @@ class Batches:
             rows; window by window, in order.
         """
         tell = tick or (lambda _: None)
-        if self._workers == 1:
+        if not self._apart:
             for rows, examples, sizes in windows:
                 alone = self._one_by_one(examples, self._planned(examples, sizes))
                 yield self._gathered(rows, examples, alone, tell)
@@ -157,11 +163,14 @@ class Batches:
         losses = np.empty(n, dtype=np.float32)
         for some in parts:
             for at, part in some:
-                values[at], norms[at], losses[at] = part.values, part.norms, part.losses
+                _put(values, at, part.values)
+                norms[at], losses[at] = part.norms, part.losses
                 if cores is not None and part.cores is not None:
                     cores[at] = part.cores
                 tell(len(at))
-        finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            whole = np.isfinite(values.sum(axis=1))  # of numbers up to 1, so that the sum of finite ones is finite
+        finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & whole
         # All, nearly always: then nothing is copied.
         taken = slice(None) if finite.all() else finite
         keep = np.flatnonzero(finite).tolist()
@@ -265,6 +274,15 @@ class Batches:
             torch.cuda.empty_cache()
         if self.engine.device.type == "mps":
             torch.mps.empty_cache()
+
+
+def _put(values: NDArray[np.float32], at: Sequence[int], part: NDArray[np.float32]) -> None:
+    """Copy rows to their places, by several threads where an accelerator has made many at once."""
+
+    def copy(lo: int, hi: int) -> None:
+        values[at[lo:hi]] = part[lo:hi]
+
+    in_chunks(copy, len(at), least=1 + _PIECE // values.shape[1])
 
 
 def default_workers(engine: FactorEngine) -> int:
