@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,28 +297,34 @@ def test_a_precision_that_cannot_be_had_is_passed_over(tmp_path: Path) -> None:
     assert engine.precision == "float32"
 
 
-@pytest.mark.parametrize("chosen", ["float32", "bf16x3"])
-def test_one_thread_beside_this_one_computes_the_same_bytes(tmp_path: Path, chosen: precision.Precision) -> None:
+@pytest.mark.parametrize("chosen", ["float32", "tf32", "bf16x3"])
+def test_threads_take_turns_on_a_device_and_compute_the_same_bytes(tmp_path: Path, chosen: precision.Precision) -> None:
     engine, task = build(checkpoint(tmp_path), 2)
     engine.precision = chosen
-    rows = make_rows(40)
-    here, beside = Batches(engine, task, 60, 1), Batches(engine, task, 60, 1)
-    beside._apart = True  # as it is on CUDA
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # here; the other thread has one anyway, and a product by several is rounded otherwise
+    rows, threads = make_rows(40), torch.get_num_threads()
+    torch.set_num_threads(1)  # the other threads have one anyway, and a product by several is rounded otherwise
     try:
-        expected = list(here.stream(windows_of(rows, task, 20, 20)))
+        expected = list(Batches(engine, task, 60, 1).stream(windows_of(rows, task, 20, 20)))
     finally:
         torch.set_num_threads(threads)
+    beside = Batches(engine, task, 60, 3)
+    beside._turn = threading.Lock()  # as on CUDA
+    real, at_once = engine.compute, list[bool]()
+
+    def watched(inputs: Mapping[str, Tensor]) -> Any:
+        assert beside._turn is not None
+        at_once.append(beside._turn.acquire(blocking=False))
+        return real(inputs)
+
+    engine.compute = watched  # type: ignore[method-assign]
     found = list(beside.stream(windows_of(rows, task, 20, 20)))
-    assert len(found) == 2
+    assert len(at_once) > 3
+    assert not any(at_once)
+    assert set(beside._twins) == {engine}  # with one set of weights, however they are split
+    assert torch.get_float32_matmul_precision() == "highest"
     for (one, _), (other, _) in zip(found, expected, strict=True):
         assert one.values.tobytes() == other.values.tobytes()
         assert one.rows == other.rows
-    if chosen == "bf16x3":
-        assert engine._split is not None
-        assert beside._twins[0]._split is not None
-        assert beside._twins[0]._split._weights is engine._split._weights  # one second set of weights
 
 
 def test_many_rows_are_put_in_their_places_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repmatch.compiled import in_chunks
+from repmatch.compiled import in_chunks, thread_count
 from repmatch.datamodels import BadRow, FactorBatch, Row
 from repmatch.errors import ModelError
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Numbers that are worth a thread to copy them; batches on the CPU make fewer.
 _PIECE = 1 << 21
+# Threads that make batches ready for an accelerator: images take more of them than text does.
+_READERS = 8
 # What a batch costs beside its tokens, as a share of the tokens it may hold.
 _BATCH_COST = 1 / 32
 
@@ -74,7 +77,8 @@ class Batches:
         engine: the factor engine.
         task: collates examples.
         limit: padded tokens a batch may hold; it falls when memory runs out.
-        workers: batches at once; None: torch's threads on the CPU, 1 elsewhere.
+        workers: batches at once; None: torch's threads on the CPU, 1 elsewhere. On CUDA so many are made ready at once,
+            and computed one after the other.
     """
 
     def __init__(self, engine: FactorEngine, task: Task, limit: int, workers: int | None = None) -> None:
@@ -83,8 +87,11 @@ class Batches:
         self.limit = limit
         self._workers = default_workers(engine) if workers is None else workers
         self._twins: list[FactorEngine] = []
-        # On CUDA one thread computes all batches, so that the device works while windows are put together here.
-        self._apart = self._workers > 1 or engine.device.type == "cuda"
+        # On CUDA threads make batches ready and take turns on the device, so that it seldom waits for them, nor for
+        # windows to be put together.
+        self._turn = threading.Lock() if engine.device.type == "cuda" else None
+        if self._turn is not None and workers is None:
+            self._workers = min(_READERS, thread_count())
 
     def factors(
         self,
@@ -124,7 +131,7 @@ class Batches:
             rows; window by window, in order.
         """
         tell = tick or (lambda _: None)
-        if not self._apart:
+        if self._workers == 1 and self._turn is None:
             for rows, examples, sizes in windows:
                 alone = self._one_by_one(examples, self._planned(examples, sizes))
                 yield self._gathered(rows, examples, alone, tell)
@@ -223,10 +230,12 @@ class Batches:
         def submit(examples: Sequence[Example], groups: Sequence[list[int]]) -> Iterator[Parts]:
             if not groups:
                 return iter(())
-            shortcut = self.engine.try_shortcut(self.task.collate([examples[i] for i in groups[0][:2]]))
+            few = self.task.collate([examples[i] for i in groups[0][:2]])
+            with self._turn or nullcontext():
+                shortcut = self.engine.try_shortcut(few)
             for _, at in zip(groups, lent, strict=False):
                 if at == len(self._twins):
-                    self._twins.append(self.engine.twin())
+                    self._twins.append(self.engine.twin() if self._turn is None else self.engine)
                 self._twins[at].precision = self.engine.precision
                 idle.put(self._twins[at])
             # The longest first: what is left for the end is short.
@@ -262,7 +271,9 @@ class Batches:
         return out
 
     def _compute(self, engine: FactorEngine, examples: Sequence[Example], at: Sequence[int]) -> BatchFactors:
-        return engine.compute(self.task.collate([examples[i] for i in at]))
+        batch = self.task.collate([examples[i] for i in at])
+        with self._turn or nullcontext():
+            return engine.compute(batch)
 
     def _free(self) -> None:
         import gc

@@ -95,7 +95,7 @@ class FactorEngine:
         other.module = copy.deepcopy(self.module, memo)
         other._last_layer = LastLayer.of(other.module)
         other._gradients = {}
-        other._split = None if self._split is None else self._split.twin()
+        other._split = None
         return other
 
     def gradients(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

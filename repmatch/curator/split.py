@@ -31,12 +31,6 @@ class Split:
         self._weights: dict[int, Weights] = {}
         self._last: tuple[Tensor, int, Tensor] | None = None
 
-    def twin(self) -> Split:
-        """Return one for another thread that shares the weights' parts; for a model that shares the weights."""
-        other = Split()
-        other._weights = self._weights
-        return other
-
     @contextmanager
     def attached(self, module: nn.Module) -> Iterator[None]:
         """Let a model's layers compute so.
