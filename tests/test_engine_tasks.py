@@ -28,8 +28,9 @@ from torch import nn
 from torch.nn import functional
 
 from repmatch.curator import apart
+from repmatch.curator.apart import Way
 from repmatch.curator.conversations import dialogue
-from repmatch.curator.engine import FactorEngine, Way
+from repmatch.curator.engine import FactorEngine
 from repmatch.curator.settings import Settings
 from repmatch.curator.tasks import Example, OwnModel, RowTask, causal
 from repmatch.curator.workbench import Workbench

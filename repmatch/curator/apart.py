@@ -8,6 +8,7 @@ model is run as if on one instance, and torch.func.vmap makes one pass over the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 from repmatch.curator.stack import AdapterStack
 
 Factors = Mapping[str, Tensor]
+
+
+class Way(Enum):
+    """How a batch is computed."""
+
+    TOGETHER = "together"
+    APART = "apart, in one pass"
+    ONE_BY_ONE = "one by one"
 
 
 def gradients(
@@ -65,10 +74,10 @@ def alike(one: Factors, other: Factors, slack: float, nothing: float) -> tuple[s
         The first matrix that differs and by how much, relative to its norm; None: none. What is not finite differs from
         nothing.
     """
-    doubles = {name: value.detach().flatten().double().cpu() for name, value in one.items()}
+    doubles = {name: value.detach().flatten().cpu().double() for name, value in one.items()}
     largest = max(float(value.norm()) for value in doubles.values())
     for name, value in doubles.items():
-        difference = float((value - other[name].detach().flatten().double().cpu()).norm())
+        difference = float((value - other[name].detach().flatten().cpu().double()).norm())
         if torch.isfinite(value).all() and not difference <= slack * float(value.norm()) + nothing * largest:
             return name, difference / max(float(value.norm()), 1e-300)
     return None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
+from repmatch.compiled import in_chunks, thread_count
 from repmatch.datamodels import BadRow, FactorBatch, Row
 from repmatch.errors import ModelError
 
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Numbers that are worth a thread to copy them; batches on the CPU make fewer.
+_PIECE = 1 << 21
+# Threads that make batches ready for an accelerator: images take more of them than text does.
+_READERS = 8
 # What a batch costs beside its tokens, as a share of the tokens it may hold.
 _BATCH_COST = 1 / 32
 
@@ -70,7 +77,8 @@ class Batches:
         engine: the factor engine.
         task: collates examples.
         limit: padded tokens a batch may hold; it falls when memory runs out.
-        workers: batches at once; None: torch's threads on the CPU, 1 elsewhere.
+        workers: batches at once; None: torch's threads on the CPU, 1 elsewhere. On CUDA so many are made ready at once,
+            and computed one after the other.
     """
 
     def __init__(self, engine: FactorEngine, task: Task, limit: int, workers: int | None = None) -> None:
@@ -79,6 +87,11 @@ class Batches:
         self.limit = limit
         self._workers = default_workers(engine) if workers is None else workers
         self._twins: list[FactorEngine] = []
+        # On CUDA threads make batches ready and take turns on the device, so that it seldom waits for them, nor for
+        # windows to be put together.
+        self._turn = threading.Lock() if engine.device.type == "cuda" else None
+        if self._turn is not None and workers is None:
+            self._workers = min(_READERS, thread_count())
 
     def factors(
         self,
@@ -106,7 +119,7 @@ class Batches:
         """Compute the factors of windows, each in batches of similar length.
 
         On the CPU each core computes a batch of its own, and when it finds none left in a window it begins with the
-        next window's: no core waits for another, nor for what the caller does with a window.
+        next window's: no core waits for another, nor for what the caller does with a window. Nor does a CUDA device.
 
         Args:
             windows: rows, the same rows made ready, and the rows of each window where several are joined; no batch
@@ -118,7 +131,7 @@ class Batches:
             rows; window by window, in order.
         """
         tell = tick or (lambda _: None)
-        if self._workers == 1:
+        if self._workers == 1 and self._turn is None:
             for rows, examples, sizes in windows:
                 alone = self._one_by_one(examples, self._planned(examples, sizes))
                 yield self._gathered(rows, examples, alone, tell)
@@ -157,20 +170,25 @@ class Batches:
         losses = np.empty(n, dtype=np.float32)
         for some in parts:
             for at, part in some:
-                values[at], norms[at], losses[at] = part.values, part.norms, part.losses
+                _put(values, at, part.values)
+                norms[at], losses[at] = part.norms, part.losses
                 if cores is not None and part.cores is not None:
                     cores[at] = part.cores
                 tell(len(at))
-        finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & np.isfinite(values).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            whole = np.isfinite(values.sum(axis=1))  # of numbers up to 1, so that the sum of finite ones is finite
+        finite = np.isfinite(losses) & np.isfinite(norms).all(axis=1) & whole
+        # All, nearly always: then nothing is copied.
+        taken = slice(None) if finite.all() else finite
         keep = np.flatnonzero(finite).tolist()
         lost = np.flatnonzero(~finite).tolist()
         bad = [_not_finite(rows[i], losses[i], norms[i].max(), self.engine.space.optimizer) for i in lost]
         batch = FactorBatch(
             rows=tuple(rows[i] for i in keep),
-            values=values[keep],
-            cores=None if cores is None else cores[keep],
-            norms=norms[keep],
-            losses=losses[keep],
+            values=values[taken],
+            cores=None if cores is None else cores[taken],
+            norms=norms[taken],
+            losses=losses[taken],
             tokens=np.asarray([examples[i].tokens for i in keep], dtype=np.int32),
             truncated=np.asarray([examples[i].truncated for i in keep], dtype=np.bool_),
         )
@@ -213,11 +231,12 @@ class Batches:
             if not groups:
                 return iter(())
             few = self.task.collate([examples[i] for i in groups[0][:2]])
-            shortcut = self.engine.try_shortcut(few)
-            self.engine.find_way(few)
+            with self._turn or nullcontext():
+                shortcut = self.engine.try_shortcut(few)
+                self.engine.find_way(few)
             for _, at in zip(groups, lent, strict=False):
                 if at == len(self._twins):
-                    self._twins.append(self.engine.twin())
+                    self._twins.append(self.engine.twin() if self._turn is None else self.engine)
                 self._twins[at].precision = self.engine.precision
                 self._twins[at].take_way(self.engine)
                 idle.put(self._twins[at])
@@ -254,7 +273,9 @@ class Batches:
         return out
 
     def _compute(self, engine: FactorEngine, examples: Sequence[Example], at: Sequence[int]) -> BatchFactors:
-        return engine.compute(self.task.collate([examples[i] for i in at]))
+        batch = self.task.collate([examples[i] for i in at])
+        with self._turn or nullcontext():
+            return engine.compute(batch)
 
     def _free(self) -> None:
         import gc
@@ -264,6 +285,17 @@ class Batches:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if self.engine.device.type == "mps":
+            torch.mps.empty_cache()
+
+
+def _put(values: NDArray[np.float32], at: Sequence[int], part: NDArray[np.float32]) -> None:
+    """Copy rows to their places, by several threads where an accelerator has made many at once."""
+
+    def copy(lo: int, hi: int) -> None:
+        values[at[lo:hi]] = part[lo:hi]
+
+    in_chunks(copy, len(at), least=1 + _PIECE // values.shape[1])
 
 
 def default_workers(engine: FactorEngine) -> int:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from repmatch.blocks import dense_block
+from repmatch.curator.precision import computing
 from repmatch.datamodels import Factors
 from repmatch.similarity import mean_scores
 
@@ -37,9 +38,10 @@ class DeviceScores:
         if factors.layout.rank > 1:
             return mean_scores(queries, factors, signed=signed)
         out = np.empty((len(queries), len(factors)), np.float32)
-        for lo in range(0, len(factors), ROWS):
-            hi = min(len(factors), lo + ROWS)
-            out[:, lo:hi] = self._block(queries, factors, lo, hi, signed).to(torch.float32).cpu().numpy()
+        with computing("float32", self.device):
+            for lo in range(0, len(factors), ROWS):
+                hi = min(len(factors), lo + ROWS)
+                out[:, lo:hi] = self._block(queries, factors, lo, hi, signed).to(torch.float32).cpu().numpy()
         return out
 
     def _block(self, queries: Factors, factors: Factors, lo: int, hi: int, signed: bool) -> torch.Tensor:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import TypeVar
 
@@ -23,10 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmatch.curator import apart, layers, optimizers, start
+from repmatch.curator.apart import Way
+from repmatch.curator.directions import left_singular, thin_qr, unit_rows
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.optimizers import first_step
 from repmatch.curator.precision import Precision, computing, is_out_of_memory
 from repmatch.curator.shortcuts import LastLayer, Shortcut
+from repmatch.curator.split import Split
 from repmatch.curator.stack import AdapterStack
 from repmatch.datamodels import Layout, Space
 from repmatch.errors import ModelError, SharedUseError
@@ -41,21 +43,8 @@ logger = logging.getLogger(__name__)
 _CONFUSED, _MOVED = 0.3, 0.05
 _NOTHING = 1e-5
 
-# A singular value below this share of the largest one counts as zero: its direction is rounding noise. It happens:
-# the loss reaches the last layer's query through the first token alone, so that gradient has rank one, and what the
-# step's eps adds to it is of this size.
-_RANK_TOLERANCE = 1e-4
-
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Found = TypeVar("Found")
-
-
-class Way(Enum):
-    """How a batch is computed."""
-
-    TOGETHER = "together"
-    APART = "apart, in one pass"
-    ONE_BY_ONE = "one by one"
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,10 @@ class FactorEngine:
         a = {m.name: start.draw_a(space.seed, m.name, space.rank, m.d_in) for m in space.matrices}
         self._a = {name: torch.from_numpy(value).to(self.device) for name, value in a.items()}
         # ΔW = B·A = (B·Rᵀ)·Qᵀ with Aᵀ = Q·R: B·Rᵀ has the left singular vectors and values of ΔW.
-        self._rt = {name: torch.linalg.qr(torch.from_numpy(value.T).double()).R.T for name, value in a.items()}
+        several = a.items() if space.rank > 1 else ()
+        split = {name: torch.linalg.qr(torch.from_numpy(value.T).double()) for name, value in several}
+        self._basis = {name: qr.Q.to(self._wide) for name, qr in split.items()}
+        self._rt = {name: qr.R.T.to(self._wide) for name, qr in split.items()}
         self.reached: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._count = 0
@@ -103,6 +95,7 @@ class FactorEngine:
         self._way_found = False
         self._last_layer = LastLayer.of(module)
         self._shortcut: Shortcut | None = None
+        self._split: Split | None = None
 
     @property
     def layout(self) -> Layout:
@@ -116,6 +109,7 @@ class FactorEngine:
         other.module = copy.deepcopy(self.module, memo)
         other._last_layer = LastLayer.of(other.module)
         other._gradients = {}
+        other._split = None
         return other
 
     def gradients(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -130,7 +124,7 @@ class FactorEngine:
         Raises:
             ModelError: the losses are not one number for each instance.
         """
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
         self.try_shortcut(moved)
         self.find_way(moved)
         return self._by_way(self._gradients_of, self._gradients_apart, _joined_gradients, moved)
@@ -138,7 +132,7 @@ class FactorEngine:
     def _by_way(
         self,
         together: Callable[[Mapping[str, Tensor]], Found],
-        apart: Callable[[Mapping[str, Tensor]], Found],
+        by_itself: Callable[[Mapping[str, Tensor]], Found],
         joined: Callable[[Sequence[Found]], Found],
         inputs: Mapping[str, Tensor],
     ) -> Found:
@@ -148,7 +142,7 @@ class FactorEngine:
             return together(inputs)
         if self.way is Way.APART:
             try:
-                return apart(inputs)
+                return by_itself(inputs)
             except (RuntimeError, ValueError, TypeError) as error:  # whatever vmap cannot follow, by several names
                 if is_out_of_memory(error):
                     raise
@@ -168,7 +162,7 @@ class FactorEngine:
         """
         if self._way_found or len(next(iter(inputs.values()))) < 2:
             return
-        pair = {name: value[:2] for name, value in inputs.items()}
+        pair = {name: value[:2].to(self.device) for name, value in inputs.items()}
         alone = [self._gradients_of({name: value[at : at + 1] for name, value in pair.items()}) for at in range(2)]
         if not all(torch.isfinite(losses).all() for _, losses in alone):
             return
@@ -211,15 +205,24 @@ class FactorEngine:
         self._count = len(next(iter(inputs.values())))
         with torch.enable_grad(), self._hooks(), self._forward():
             losses = self._losses(inputs)
-            if losses.requires_grad:
-                # The sum, not the mean: each instance's gradient must be that of a batch of one.
-                torch.autograd.backward(losses.sum())
+            self._backward(losses)
         rank, count = self.space.rank, len(losses)
         for matrix in self.space.matrices:
             if matrix.name not in self._gradients:
                 self._gradients[matrix.name] = torch.zeros(count, matrix.d_out, rank, device=self.device)
         gradients, self._gradients = self._gradients, {}
         return gradients, losses.detach().float()
+
+    def _backward(self, losses: Tensor) -> None:
+        """Go back without autocast: products are of the type that they were of, because their inputs are.
+
+        On an accelerator the backward pass runs in a thread of its own, where autocast knows nothing of bfloat16 and
+        would go on in its default, float16, whose range gradients leave.
+        """
+        if losses.requires_grad:
+            with torch.autocast(self.device.type, enabled=False):
+                # The sum, not the mean: each instance's gradient must be that of a batch of one.
+                torch.autograd.backward(losses.sum())
 
     def _losses(self, inputs: Mapping[str, Tensor]) -> Tensor:
         losses = self._loss(self.module, inputs)
@@ -234,10 +237,17 @@ class FactorEngine:
 
     @contextmanager
     def _forward(self, vmapped: bool = False) -> Iterator[None]:
-        """Compute in the engine's precision, and leave out what the loss cannot see."""
+        """Compute in the engine's precision, and leave out what the loss cannot see.
+
+        Under vmap nothing is computed in bfloat16: backward would run inside of autocast (see `_backward`).
+        """
         with ExitStack() as stack:
-            stack.enter_context(computing(self.precision, self.device))
+            halves = self.precision in ("bf16", "bf16x3")
+            stack.enter_context(computing("float32" if vmapped and halves else self.precision, self.device))
             if not vmapped:
+                self._split = (self._split or Split()) if self.precision == "bf16x3" else None
+                if self._split is not None:
+                    stack.enter_context(self._split.attached(self.module))
                 stack.enter_context(by_onednn(self.module))
             if self._last_layer is not None:
                 stack.enter_context(self._last_layer.cut(self._shortcut))
@@ -253,8 +263,9 @@ class FactorEngine:
             What can; nothing as long as no loss was finite.
         """
         if self._last_layer is not None and self._shortcut is None:
-            few = {name: value[:2] for name, value in inputs.items()}
-            self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
+            few = {name: value[:2].to(self.device) for name, value in inputs.items()}
+            with computing("float32", self.device):
+                self._shortcut = self._last_layer.try_out(self.module, self._loss, few)
         return self._shortcut or Shortcut.NONE
 
     def take_shortcut(self, shortcut: Shortcut) -> None:
@@ -309,9 +320,15 @@ class FactorEngine:
         # A matrix used several times in one pass has one gradient: the sum.
         self._gradients[name] = self._gradients[name] + part if name in self._gradients else part
 
-    def _full_precision(self) -> torch.autocast:
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
         """Gradients are collected in float32 whatever the model computes in."""
-        return torch.autocast(self.device.type, enabled=False)
+        with torch.autocast(self.device.type, enabled=False):
+            if self.precision != "tf32":
+                yield
+                return
+            with computing("float32", self.device):
+                yield
 
     def compute(self, inputs: Mapping[str, Tensor]) -> BatchFactors:
         """Compute the instance factors of a batch.
@@ -332,7 +349,7 @@ class FactorEngine:
             if self.space.rank == 1:
                 values.append(unit_rows(steps[matrix.name][:, :, 0])[0])
             else:
-                columns, core = left_singular(_double(steps[matrix.name]) @ self._rt[matrix.name].to(self._wide))
+                columns, core = left_singular(_double(steps[matrix.name]) @ self._rt[matrix.name])
                 values.append(columns.flatten(1).float())
                 cores.append(core.float())
         norms = torch.stack([unit_rows(gradients[m.name].flatten(1))[1] for m in self.space.matrices], dim=1)
@@ -352,7 +369,7 @@ class FactorEngine:
         Returns:
             The adapters; ∂L/∂B at the start, matrix name -> (n, d_out, r); and the losses there, (n,) float32.
         """
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
         self.try_shortcut(moved)
         self.find_way(moved)
         return self._by_way(
@@ -380,8 +397,7 @@ class FactorEngine:
         """Fill in the gradients of a step, and return the losses before it."""
         with torch.enable_grad(), stack.attached(), self._forward():
             losses = self._losses(inputs)
-            if losses.requires_grad:
-                torch.autograd.backward(losses.sum())
+            self._backward(losses)
         return losses.detach().float()
 
     def _learn_apart(self, stack: AdapterStack, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -404,12 +420,12 @@ class FactorEngine:
                 sign = torch.sign((a[:, 0] * start_a[0]).sum(dim=1, keepdim=True))
                 values.append(unit_rows(b[:, :, 0])[0] * sign)
                 continue
-            a, b, wide = _double(a), _double(b), _double(start_a)
-            columns, _ = left_singular(b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2))
+            a, b = _double(a), _double(b)
+            whole = b @ thin_qr(a.transpose(1, 2))[1].transpose(1, 2)
+            columns, _ = left_singular(whole)
+            size = whole.flatten(1).norm(dim=1)
             # ΔW in the basis that all instances share, the span of the start's A; what left it is not kept.
-            basis = torch.linalg.qr(wide.T).Q
-            size = (b @ torch.linalg.qr(a.transpose(1, 2)).R.transpose(1, 2)).flatten(1).norm(dim=1)
-            core = columns.transpose(1, 2) @ b @ (a @ basis)
+            core = columns.transpose(1, 2) @ b @ (a @ self._basis[matrix.name])
             cores.append((core / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None]).float())
             values.append(columns.flatten(1).float())
         return _gathered(values, cores, torch.stack(norms, dim=1), losses)
@@ -433,51 +449,17 @@ def _double(x: Tensor) -> Tensor:
 
 def _gathered(values: Sequence[Tensor], cores: Sequence[Tensor], norms: Tensor, losses: Tensor) -> BatchFactors:
     return BatchFactors(
-        values=torch.cat(list(values), dim=1).cpu().numpy(),
-        cores=torch.stack(list(cores), dim=1).cpu().numpy() if cores else None,
-        norms=norms.cpu().numpy(),
-        losses=losses.cpu().numpy(),
+        values=_on_host(torch.cat(list(values), dim=1)),
+        cores=_on_host(torch.stack(list(cores), dim=1)) if cores else None,
+        norms=_on_host(norms),
+        losses=_on_host(losses),
     )
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split rows into directions and norms; squares of very small or large numbers leave the range of float32.
-
-    Args:
-        x: (n, d).
-
-    Returns:
-        (n, d) unit rows (zeros where the row is zero), and (n,) norms.
-    """
-    tiny = torch.finfo(x.dtype).tiny
-    peak = x.abs().amax(dim=1, keepdim=True)
-    scaled = x / peak.clamp_min(tiny)
-    norm = scaled.norm(dim=1, keepdim=True)
-    return scaled / norm.clamp_min(tiny), (norm * peak.clamp_min(tiny))[:, 0]
-
-
-def left_singular(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Split matrices into left singular vectors and the rest, through the small Gram matrix.
-
-    Args:
-        m: (n, d, r) float64.
-
-    Returns:
-        (n, d, r) orthonormal columns in order of falling singular value (zero columns where the singular value is
-        zero), and (n, r, r) with columns @ core = m / |m|. A matrix that is not finite gives NaN.
-    """
-    # One NaN would make the decomposition of the whole batch fail.
-    broken = ~m.flatten(1).isfinite().all(dim=1)[:, None, None]
-    m = m.masked_fill(broken, 0.0)
-    m = m / m.flatten(1).norm(dim=1).clamp_min(torch.finfo(m.dtype).tiny)[:, None, None]
-    values, vectors = torch.linalg.eigh(m.transpose(1, 2) @ m)
-    singular = values.flip(1).clamp_min(0).sqrt()
-    vectors = vectors.flip(2)
-    keep = singular > _RANK_TOLERANCE * singular[:, :1].clamp_min(torch.finfo(m.dtype).tiny)
-    columns = (m @ vectors) * torch.where(keep, 1 / singular.clamp_min(1e-30), torch.zeros_like(singular))[:, None, :]
-    # One more QR keeps nearly parallel columns orthonormal; its R is the identity up to signs and rounding.
-    q, r = torch.linalg.qr(columns)
-    columns = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None, :]
-    columns = columns * keep[:, None, :]
-    core = columns.transpose(1, 2) @ m
-    return columns.masked_fill(broken, torch.nan), core.masked_fill(broken, torch.nan)
+def _on_host(x: Tensor) -> NDArray[np.float32]:
+    """Return an array; from CUDA by pinned memory, which is copied to at the bus' full rate and kept by torch."""
+    if x.device.type != "cuda":
+        return x.cpu().numpy()
+    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    held.copy_(x)  # waits for the device
+    return held.numpy()

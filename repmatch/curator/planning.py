@@ -238,16 +238,16 @@ def _try(
     bench: Workbench, task: Any, labels: tuple[str, ...], ready: Sequence[tuple[Row, Any]], total: int, tell: Progress
 ) -> _Trial:
     """Compute batches as they would be cut of all rows, for a few seconds."""
-    from repmatch.curator import precision
+    from repmatch.curator.work import LOOK, tune
 
     engine = bench.engine(labels, task)
     batches = Batches(engine, task, bench.batch_tokens)
     sample = [example for _, example in ready]
-    chosen, _ = precision.choose(engine, task.collate(sample[:32]))
+    chosen = tune(batches, bench, sample[:LOOK])["precision"]
     # A whole window, as an ingest of all rows would cut it; the sample stands for all, so its rows may come again.
     many = [ready[i % len(ready)][0] for i in range(min(total, _WINDOW))]
     rows, examples = next(windows(iter([many]), task, window_tokens(bench, engine)))
-    groups = _groups(examples, bench.batch_tokens)
+    groups = _groups(examples, batches.limit)
     at_once = default_workers(engine)
     # The first batches pay for what is done once: memory, kernels, threads.
     batch = _computed(batches, rows, examples, groups[:at_once])

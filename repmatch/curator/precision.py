@@ -1,16 +1,19 @@
-"""What a model computes in: float32, tf32 or bfloat16, and whether the factors stay what they are."""
+"""What a model computes in: float32, tf32, bfloat16 or parts of it, and whether the factors stay what they are."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from repmatch.curator.apart import Way
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import BatchFactors, FactorEngine
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "tf32", "bf16"]
+Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
 # Fastest first.
-CUDA: tuple[Precision, ...] = ("bf16", "tf32")
+CUDA: tuple[Precision, ...] = ("bf16", "tf32", "bf16x3")
 LEAST_AGREEMENT = 0.999
 
 
@@ -29,22 +32,68 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     """Compute in a precision.
 
     Args:
-        precision: "float32", "tf32" (matrix products on tensor cores, 10 bits of mantissa) or "bf16" (autocast).
+        precision: "float32", "tf32" (matrix products on tensor cores, 10 bits of mantissa), "bf16" (autocast) or
+            "bf16x3", which is float32 here: the engine puts `repmatch.curator.split` onto the model's linear layers.
         device: where.
 
     Yields:
         Nothing.
     """
-    if precision == "bf16":
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    backends: Any = torch.backends
+    with ExitStack() as held:
+        matmul = (backends.cuda.matmul, backends.mkldnn.matmul) if _NEWER else ()
+        asked = "high" if precision == "tf32" else "highest"
+        held.enter_context(_set(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, asked, matmul))
+        if device.type == "cuda":  # where convolutions are in tf32 unless told otherwise
+            cudnn = (backends.cudnn.conv, backends.cudnn.rnn) if _NEWER else ()
+            read, write = partial(getattr, backends.cudnn, "allow_tf32"), _allow_tf32
+            held.enter_context(_set(read, write, precision == "tf32", cudnn))
+        if precision == "bf16":
+            held.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+        yield
+
+
+# torch 2.9 brought a flag for each library; the older ones, which stand for several of these, can't be read any more
+# where a program has set the newer ones otherwise, but they can be set.
+_NEWER = hasattr(torch.backends.cudnn, "conv")
+
+
+def _allow_tf32(value: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = value
+
+
+@contextmanager
+def _set(read: Callable[[], Any], write: Callable[[Any], None], value: Any, newer: Sequence[Any]) -> Iterator[None]:
+    """Set one of torch's older flags, and put back what was there, be it by the newer flags that it stands for."""
+    try:
+        before, parts = read(), None
+    except RuntimeError:
+        before, parts = None, [(part, part.fp32_precision) for part in newer]
+    write(value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if parts is None:
+            write(before)
+        for part, kept in parts or ():
+            part.fp32_precision = kept
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether products of float32 are rounded to tf32 where a tensor lies.
+
+    Args:
+        device: where.
+
+    Returns:
+        True on CUDA where a program has asked for it.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by the newer flags
+        return True
 
 
 def agreement(one: BatchFactors, other: BatchFactors, layout: Layout) -> NDArray[np.float64]:
@@ -89,9 +138,16 @@ def choose(
     if not candidates:
         return "float32", measured
     exact = engine.compute(inputs)
+    if engine.way is Way.APART:  # which nothing computes in bfloat16
+        candidates = tuple(candidate for candidate in candidates if candidate == "tf32")
     for candidate in candidates:
         engine.precision = candidate
-        found = agreement(exact, engine.compute(inputs), engine.layout)
+        try:
+            rough = engine.compute(inputs)
+        except (RuntimeError, TypeError) as error:  # an older device or torch, or no room for a second set of weights
+            logger.info("%s: not to be had here (%s)", candidate, str(error).partition("\n")[0][:200])
+            continue
+        found = agreement(exact, rough, engine.layout)
         measured[candidate] = float(np.nan_to_num(found, nan=0.0).mean())
         if measured[candidate] >= LEAST_AGREEMENT:
             return candidate, measured
@@ -114,7 +170,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    # The last is how CUDA's libraries say it, of their own workspace.
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def halving(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repmatch.curator.engine import FactorEngine, Way
+from repmatch.curator.apart import Way
+from repmatch.curator.engine import FactorEngine
 from repmatch.curator.stack import AdapterStack
 from repmatch.curator.tasks import Example, Task
 from repmatch.curator.training import Recipe, Trained, batches, training_record
@@ -185,7 +186,8 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(means.sum())
     optimizer.step()
-    return [float(value) for value in means.detach()]
+    found: list[float] = means.detach().tolist()
+    return found
 
 
 def seeds_of(job: Job, seeds: Sequence[int]) -> list[Job]:

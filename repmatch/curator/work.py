@@ -140,10 +140,26 @@ def look(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dic
     Raises:
         ModelError: the model does not call an adapted layer, or instances of a batch see each other.
     """
-    from repmatch.curator import precision, trial
-    from repmatch.curator.memory import Meter, fitting_tokens
+    from repmatch.curator import trial
 
     trial.check(batches.engine, batches.task, examples)
+    return tune(batches, bench, examples)
+
+
+def tune(batches: Batches, bench: Workbench, examples: Sequence[Example]) -> dict[str, Any]:
+    """Choose the precision, and on CUDA the batch size.
+
+    Args:
+        batches: are set accordingly.
+        bench: names the device.
+        examples: the first rows, at most `LOOK` of them.
+
+    Returns:
+        What was chosen and measured.
+    """
+    from repmatch.curator import precision
+    from repmatch.curator.memory import Meter, fitting_tokens
+
     few = batches.task.collate(list(examples))
     detail: dict[str, Any] = {}
     chosen, agreement = precision.choose(batches.engine, few)

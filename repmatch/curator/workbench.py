@@ -63,6 +63,12 @@ def pick_device(name: str | None) -> str:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, False):
         raise UsageError(f"the device {name!r} is not usable on this machine; leave --device out or use --device cpu.")
+    number = name.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {name!r}: this machine has {torch.cuda.device_count()}, numbered from cuda:0. Name "
+            "one of these, or leave --device out."
+        )
     return name
 
 

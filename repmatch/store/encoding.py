@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.compiled import in_chunks
 from repmatch.datamodels import ENCODINGS, Encoding, FactorBatch, Layout
 from repmatch.errors import UsageError
+
+# Values that are worth a thread to look at or to round: more than a window has that was computed on a few cores. An
+# accelerator computes larger windows in less time than one core rounds them.
+_PIECE = 1 << 23
 
 
 def _aligned(size: int, unit: int) -> int:
@@ -62,6 +67,11 @@ class RowFormat:
             return 8 * sum(self.layout.words)
         return self.layout.width * (4 if self.encoding == "float32" else 2)
 
+    @property
+    def _least(self) -> int:
+        """Rows that are worth a thread."""
+        return 1 + _PIECE // max(1, self.layout.width)
+
     @cached_property
     def norms_at(self) -> int:
         """Where the norms start."""
@@ -100,7 +110,12 @@ class RowFormat:
 
             self._finite(batch, "values", signcodes.pack(values, self.layout.dims, out.view("<u8")))
         elif self.encoding == "float16":
-            out[:, : self.value_bytes] = values.astype("<f2").view(np.uint8)
+            halves = out[:, : self.value_bytes].view("<f2")
+
+            def round_rows(lo: int, hi: int) -> None:
+                halves[lo:hi] = values[lo:hi]
+
+            in_chunks(round_rows, n, least=self._least)
         else:
             out[:, : self.value_bytes] = values.astype("<f4", copy=False).view(np.uint8)
         norms = np.ascontiguousarray(batch.norms, "<f4")
@@ -128,7 +143,13 @@ class RowFormat:
                 raise UsageError(f"the factors' {name} have shape {got}; this space needs {expected}.")
         self._finite(batch, "norms", np.asarray(np.isfinite(batch.norms).all(axis=1)))
         if self.encoding != "sign":  # sign codes: found while they are packed
-            self._finite(batch, "values", np.asarray(np.isfinite(batch.values).all(axis=1)))
+            good = np.empty(n, np.bool_)
+
+            def look(lo: int, hi: int) -> None:
+                good[lo:hi] = np.isfinite(batch.values[lo:hi]).all(axis=1)
+
+            in_chunks(look, n, least=self._least)
+            self._finite(batch, "values", good)
 
     @staticmethod
     def _finite(batch: FactorBatch, name: str, good: NDArray[np.bool_]) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repmatch.curator import start
+from repmatch.curator.apart import Way
 from repmatch.curator.batches import batches_by_tokens
-from repmatch.curator.engine import FactorEngine, Way
+from repmatch.curator.engine import FactorEngine
 from repmatch.curator.evaluate.lower import LowerLayers
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut

@@ -214,7 +214,7 @@ class _Run:
         self._train(module, list(trained.values()), rate, "full fine-tuning")
         module.requires_grad_(False)
         deltas = {
-            name: layers.as_matrix(module.get_submodule(name), weight.detach() - before[name]).double().cpu().numpy()
+            name: layers.as_matrix(module.get_submodule(name), weight.detach() - before[name]).cpu().double().numpy()
             for name, weight in trained.items()
         }
         return module, deltas

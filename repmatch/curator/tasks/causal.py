@@ -204,8 +204,13 @@ def mean_over_instances(values: Tensor, keep: Tensor) -> Tensor:
     Returns:
         (n,) means; 0 for an instance without a position.
     """
-    rows = keep.nonzero()[:, 0]
-    total = torch.zeros(len(keep), dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    if values.device.type == "cpu":
+        rows = keep.nonzero()[:, 0]
+        total = torch.zeros(len(keep), dtype=values.dtype).index_add(0, rows, values)
+    else:  # there `index_add` adds in any order, so that the last bits would change from run to run
+        total = (
+            torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values).sum(dim=1)
+        )
     return total / keep.sum(dim=1).clamp_min(1)
 
 

@@ -35,7 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        words = len(weight)
+        words, kind = len(weight), hidden.device.type
+        # Once, not for every piece: autocast keeps no copy of a weight that is frozen.
+        frozen = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
         rows, step = _sizes(len(hidden), words, hidden.device)
         losses, gradients = [], []
         for at in range(0, len(hidden), rows):
@@ -44,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
             mean = torch.zeros(part.shape, device=part.device) if ctx.needs_input_grad[0] else None
             for lo in range(0, words, step):
-                piece = weight[lo : lo + step]
+                piece = frozen[lo : lo + step]
                 logits = product(part, piece, None if bias is None else bias[lo : lo + step]).float()
                 here = (wanted >= lo) & (wanted < lo + len(piece))
                 chosen += logits.gather(1, (wanted - lo).clamp(0, len(piece) - 1)).where(here, 0.0)
@@ -53,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 powers, shrunk = logits.sub_(peak).exp_(), before.sub_(peak).exp_()
                 total.mul_(shrunk).add_(powers.sum(dim=1, keepdim=True))
                 if mean is not None:
-                    mean.mul_(shrunk).add_(product(powers.to(weight.dtype), piece.t()))
+                    mean.mul_(shrunk).add_(product(powers.to(piece.dtype), piece.t()))
             losses.append((total.log() + peak - chosen)[:, 0])
             if mean is not None:
                 # ∂L/∂logits is the softmax less one at the wanted token.

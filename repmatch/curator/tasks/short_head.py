@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from repmatch.curator.precision import rounds_products
+
 # A trial needs this many tokens of every row. It takes every row, because adapters side by side have a row each.
 _TOKENS = 8
 
@@ -68,5 +70,4 @@ class ShortHead:
 
 def _is_rough(logits: Tensor) -> bool:
     """Whether products were rounded to fewer digits than float32 has."""
-    tf32 = logits.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return logits.dtype is not torch.float32 or tf32
+    return logits.dtype is not torch.float32 or rounds_products(logits.device)
