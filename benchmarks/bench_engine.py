@@ -23,9 +23,9 @@ from typing import Any
 
 from machine import Patience, describe, say, watching
 
-PARTS = ("embedded", "bert", "steps", "trak", "bergson", "cuda")
+PARTS = ("embedded", "bert", "steps", "trak", "bergson", "bergson-short", "cuda")
 CPU_PARTS = PARTS[:-1]
-FILES = {"sst2": "sst2.train.jsonl", "gsm8k": "gsm8k.train.jsonl"}
+FILES = {"sst2": "sst2.train.jsonl", "gsm8k": "gsm8k.train.jsonl", "imdb": "imdb.train.jsonl"}
 
 
 class Bench:
@@ -133,10 +133,24 @@ class Bench:
         self._peer("trak", folder, given, rows, {})
 
     def bergson(self) -> None:
-        """Bergson beside an ingest: a LLaMA-like model, prompts and completions, the same matrices."""
-        model = llama_checkpoint(self.folder / "bergson" / "model", 384, 6, 1024)
-        lines = self.lines("gsm8k", max(8, self.options.peer_rows // 4))
-        rows = [{"id": str(i), "prompt": v["prompt"], "completion": v["response"]} for i, v in enumerate(lines)]
+        """Bergson beside an ingest: questions and long answers."""
+        lines = self.lines("gsm8k", self._causal_rows)
+        self._bergson("bergson", [(line["prompt"], line["response"]) for line in lines])
+
+    def bergson_short(self) -> None:
+        """Bergson beside an ingest: long texts and answers of a word."""
+        lines = self.lines("imdb", self._causal_rows)
+        self._bergson("bergson-short", [(line["text"], line["label"]) for line in lines])
+
+    @property
+    def _causal_rows(self) -> int:
+        return max(8, self.options.peer_rows // 4)
+
+    def _bergson(self, name: str, pairs: Sequence[tuple[str, str]]) -> None:
+        """A LLaMA-like model, prompts and completions, the same matrices."""
+        folder = self.folder / name
+        model = llama_checkpoint(folder / "model", 384, 6, 1024)
+        rows = [{"id": str(i), "prompt": asked, "completion": told} for i, (asked, told) in enumerate(pairs)]
         from repmatch.curator.settings import Settings
         from repmatch.curator.workbench import Workbench
         from repmatch.datamodels import Row
@@ -149,7 +163,7 @@ class Bench:
             "targets": ["q_proj", "v_proj"],
             "bergson_dim": 16,
         }
-        self._peer("bergson", self.folder / "bergson", given, rows, {"model": str(model), "task": "causal-lm"})
+        self._peer(name, folder, given, rows, {"model": str(model), "task": "causal-lm"})
 
     def _peer(
         self, name: str, folder: Path, given: dict[str, Any], rows: list[dict[str, Any]], space: dict[str, Any]
@@ -172,7 +186,7 @@ class Bench:
             with watching() as watch:
                 ours = {e: self._ingest(rows, space, e, f"{name}-{number}-{e}") for e in ("float16", "sign")}
                 ran = subprocess.run(
-                    [str(python), str(script), name, str(folder)], capture_output=True, text=True, check=False
+                    [str(python), str(script), name.partition("-")[0], str(folder)], capture_output=True, text=True, check=False
                 )
             found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
             if ran.returncode or not found:
@@ -266,7 +280,7 @@ def render(result: dict[str, Any]) -> str:
         used = [(1e3 * r["many_cpu"], 1e3 * r["one_cpu"]) for r in found["rounds"]]
         lines.append(_row("  the same in processor time", used))
         lines.append(f"  smallest squared cosine with training alone {found['cosine']:.6f}")
-    for name in ("trak", "bergson"):
+    for name in ("trak", "bergson", "bergson-short"):
         if "rounds" in result.get(name, {}):
             lines += _peer_lines(name, result[name])
     if "cuda" in result:
@@ -348,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench.result["versions"] = ", ".join(f"{name} {version(name)}" for name in names)
         for part in options.only:
             say(part)
-            getattr(bench, part)()
+            getattr(bench, part.replace("-", "_"))()
         if options.json_file:
             options.json_file.write_text(json.dumps(bench.result, indent=1))
         print(render(bench.result))
