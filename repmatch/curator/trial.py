@@ -39,7 +39,7 @@ def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None
     Raises:
         ModelError: a layer is not run, or instances see each other.
     """
-    pair = _unlike(examples)
+    pair = unlike(examples)
     alone = [engine.gradients(task.collate([example])) for example in pair]
     _check_reached(engine, task, examples)
     if len(pair) > 1:
@@ -47,8 +47,15 @@ def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None
     _warn_of_zeros(engine, task, examples, [gradients for gradients, _ in alone])
 
 
-def _unlike(examples: Sequence[Example]) -> list[Example]:
-    """The shortest instance and the middle one, or the longest where these are alike."""
+def unlike(examples: Sequence[Example]) -> list[Example]:
+    """Choose two instances that a batch would show to be mixed, if it mixes them.
+
+    Args:
+        examples: one or more.
+
+    Returns:
+        The shortest and the middle one, or the longest where these are alike; one where there are no two.
+    """
     ordered = sorted(examples, key=lambda example: example.tokens)
     middle = ordered[len(ordered) // 2]
     return [ordered[0], middle if middle.tokens > ordered[0].tokens else ordered[-1]][: len(ordered)]
@@ -88,7 +95,7 @@ def _warn_of_zeros(
 
 def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alone: Sequence[Computed]) -> None:
     gradients, losses = engine.gradients(task.collate(pair))
-    slack = _ROUGH_SLACK if _is_rough(engine) else _SLACK
+    slack = _ROUGH_SLACK if engine.is_rough else _SLACK
     for at, (found, loss) in enumerate(alone):
         different = alike(found, {name: value[at] for name, value in gradients.items()}, slack, _NOTHING)
         if different is None:
@@ -99,8 +106,3 @@ def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alon
             "instances that do not see each other. Mask the padding, and use no batch statistics; of a model that is "
             "not your own adapt other layers with --targets, or name another with --model."
         )
-
-
-def _is_rough(engine: FactorEngine) -> bool:
-    """Whether some weights have less precision than float32, or are quantised."""
-    return any(not p.is_floating_point() or p.element_size() < 4 for p in engine.module.parameters())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repmatch.curator import start
+from repmatch.curator import start, trial
 from repmatch.curator.apart import Way
 from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.engine import FactorEngine
@@ -207,7 +207,7 @@ class Retrainer:
     def _prepare(self, examples: Sequence[Example]) -> None:
         if self._apart is None:
             engine = FactorEngine(self.module, self.space, self.task.losses, str(self.device))
-            engine.find_way(self._on(self.task.collate(examples[:2])))
+            engine.find_way(self._on(self.task.collate(trial.unlike(examples))))
             self._apart = engine.way is Way.TOGETHER
             if not engine.batch_first:  # states are kept by instance
                 self.lower = None
