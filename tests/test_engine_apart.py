@@ -21,6 +21,7 @@ from repmatch.curator import training, trial
 from repmatch.curator.apart import Way
 from repmatch.curator.settings import Settings
 from repmatch.curator.side_by_side import Job, train_side_by_side
+from repmatch.curator.targets import find_matrices
 from repmatch.curator.tasks import OwnModel
 from repmatch.curator.tasks.short_head import ShortHead
 from repmatch.curator.training import Recipe
@@ -149,13 +150,14 @@ class Refusing(WordTask):
     """Has no finite loss for some rows."""
 
     broken: tuple[int, ...] = ()
+    scale = 1.0
 
     def batch(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         broken = torch.tensor([torch.nan if row.id in {f"r{i}" for i in self.broken} else 1.0 for row in rows])
         return super().batch(rows) | {"broken": broken}
 
     def losses(self, module: nn.Module, inputs: Any) -> torch.Tensor:
-        return super().losses(module, inputs) * inputs["broken"]
+        return super().losses(module, inputs) * inputs["broken"] * self.scale
 
 
 @pytest.mark.parametrize("finite", [(3,), (3, 5), (2, 3, 5), ()])
@@ -177,6 +179,10 @@ def test_rows_without_a_finite_loss_do_not_hide_how_a_batch_is_to_be_computed(
         np.testing.assert_allclose(found.norms[at], alone.norms[0], rtol=1e-4)
         np.testing.assert_allclose(found.values[at], alone.values[0], atol=1e-4)
     task.broken = ()
+    task.scale = 0.0
+    engine.compute(task.collate(examples))
+    assert engine.way is Way.TOGETHER or len(finite) > 1
+    task.scale = 1.0
     engine.compute(task.collate(examples))
     assert engine.way is Way.APART
 
@@ -242,3 +248,20 @@ def test_a_head_that_gives_several_things_is_run_whole() -> None:
 
     head = ShortHead(lambda *_: (torch.zeros(4, 9),))
     assert not head.is_right(Model(), {"input_ids": torch.tensor([[1, 2], [3, 4]])})
+
+
+def test_a_model_that_fails_on_a_row_says_so() -> None:
+    class Fails(Plain):
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(-1, 4, 7)
+
+    bench = bench_of(Fails())
+    task = bench.task(LABELS)
+    with pytest.raises(ModelError, match=r"cannot be run on a row of \d+ tokens alone \(RuntimeError: shape"):
+        trial.check(bench.engine(3, task), task, task.encode(make_rows(3)))
+
+
+@pytest.mark.parametrize("targets", [None, ("first",)])
+def test_a_model_without_a_layer_to_adapt_is_refused(targets: tuple[str, ...] | None) -> None:
+    with pytest.raises(ModelError, match="Sequential has no layer that can be adapted"):
+        find_matrices(nn.Sequential(nn.Embedding(3, 2), nn.Conv1d(2, 2, 1)), targets)

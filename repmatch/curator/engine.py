@@ -157,7 +157,8 @@ class FactorEngine:
     def find_way(self, inputs: Mapping[str, Tensor]) -> None:
         """Find out on the first batch whether instances can be told apart in it: two are tried alone and together.
 
-        Where no two have a finite loss, that is left for the next batch, and this one is computed one by one.
+        Where no two have a finite loss, or those tried have no gradient, that is left for the next batch, and this one
+        is computed one by one.
 
         Args:
             inputs: a batch.
@@ -175,6 +176,8 @@ class FactorEngine:
             alone = self._each(moved, chosen)
             if not alone or not all(_is_finite(found) for found in alone):
                 return
+        if not any(bool(value.any()) for gradients, _ in alone for value in gradients.values()):
+            return
         self._way_found = True
         pair = {name: torch.cat([value[at : at + 1] for at in chosen]) for name, value in moved.items()}
         try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from repmatch.curator.apart import alike
-from repmatch.errors import ModelError, quote_list
+from repmatch.curator.precision import is_out_of_memory
+from repmatch.errors import ModelError, RepMatchError, quote_list
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import FactorEngine
@@ -40,11 +41,23 @@ def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None
         ModelError: a layer is not run, or instances see each other.
     """
     pair = unlike(examples)
-    alone = [engine.gradients(task.collate([example])) for example in pair]
+    alone = [_alone(engine, task, example) for example in pair]
     _check_reached(engine, task, examples)
     if len(pair) > 1:
         _check_apart(engine, task, pair, alone)
     _warn_of_zeros(engine, task, examples, [gradients for gradients, _ in alone])
+
+
+def _alone(engine: FactorEngine, task: Task, example: Example) -> Computed:
+    try:
+        return engine.gradients(task.collate([example]))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if isinstance(error, RepMatchError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the model cannot be run on a row of {example.tokens} tokens alone ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0][:300]}). Name another with --model."
+        ) from error
 
 
 def unlike(examples: Sequence[Example]) -> list[Example]:
