@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,3 +305,34 @@ def test_a_model_that_mixes_a_batch_is_trained_one_selection_after_the_other(
         (alone,) = Retrainer(bench, LABELS, recipe).retrain([job], test)
         assert one.last_loss == pytest.approx(alone.last_loss, rel=1e-5)
         assert one.right == alone.right
+
+
+def test_layers_that_hand_on_more_than_hidden_states_run_every_time(bench: Workbench) -> None:
+    task = bench.task(LABELS)
+    examples = task.encode(rows_of(toy_rows()))
+    recipe = RetrainRecipe(steps=2, batch_size=4, rank=2, layers=1)
+    plain = Retrainer(bench, LABELS, recipe)
+    plain.retrain([Job(examples[:6], 0)], examples[6:8])
+    assert plain.lower is not None
+    odd = Retrainer(bench, LABELS, recipe)
+    odd.module = copy.deepcopy(odd.module)
+    layers = odd.module.base_model.encoder.layer
+    handed: list[Any] = []
+    layers[0].register_forward_hook(lambda _module, _args, output: handed.append(output.mean()))
+    layers[1].register_forward_hook(lambda _module, _args, output: output * handed.pop())
+    odd.lower = None if odd.lower is None else replace(odd.lower, module=odd.module, blocks=layers)
+    odd.retrain([Job(examples[:6], 0)], examples[6:8])
+    assert odd.lower is None
+
+
+def test_a_model_that_pads_to_its_windows_runs_its_lower_layers_every_time(tmp_path: Path) -> None:
+    settings = Settings(model=str(odd_encoder(tmp_path, "longformer")), targets=("output.dense",), device="cpu")
+    bench = Workbench.build(settings)
+    task = bench.task(LABELS)
+    examples, test = task.encode(rows_of(toy_rows())), task.encode(rows_of(toy_rows(24)[10:]))
+    recipe = RetrainRecipe(steps=3, batch_size=4, rank=2, layers=1)
+    whole = Retrainer(bench, LABELS, recipe)
+    whole.lower = None
+    jobs = [Job(examples[:10], 0)]
+    (one,), (other,) = whole.retrain(jobs, test), Retrainer(bench, LABELS, recipe).retrain(jobs, test)
+    assert (one.right, one.last_loss) == (other.right, other.last_loss)

@@ -7,12 +7,13 @@ model is run as if on one instance, and torch.func.vmap makes one pass over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repmatch.curator.stack import AdapterStack
 
@@ -55,6 +56,26 @@ def gradients(
         (of_a, of_b), found = run(_values(stack.a), _values(stack.b), dict(inputs))
     stack.reached |= held.reached
     return of_a, of_b, found.detach().float()
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back what modules hold, for what they keep for later, such as tables of positions, is dead outside of vmap.
+
+    Args:
+        module: a model.
+
+    Yields:
+        Nothing.
+    """
+    held = [each for part in module.modules() for each in (vars(part), part._buffers)]
+    before = [dict(each) for each in held]
+    try:
+        yield
+    finally:
+        for each, was in zip(held, before, strict=True):
+            each.clear()
+            each.update(was)
 
 
 def _values(factors: Factors) -> dict[str, Tensor]:

@@ -230,7 +230,7 @@ class Batches:
         def submit(examples: Sequence[Example], groups: Sequence[list[int]]) -> Iterator[Parts]:
             if not groups:
                 return iter(())
-            few = self.task.collate([examples[i] for i in groups[0][:2]])
+            few = self.task.collate([examples[i] for i in dict.fromkeys((groups[0][0], groups[-1][-1]))])
             with self._turn or nullcontext():
                 shortcut = self.engine.try_shortcut(few)
                 self.engine.find_way(few)

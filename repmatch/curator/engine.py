@@ -37,10 +37,10 @@ __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_
 
 logger = logging.getLogger(__name__)
 
-# Gradients of instances that are taken for one another differ by more than this, relative to the matrix's norm;
-# rounding stays below in any precision, and moves no loss by more than _MOVED. What is as small beside the largest
-# matrix as _NOTHING is rounding alone.
-_CONFUSED, _MOVED = 0.3, 0.05
+# Gradients that hold a part of another instance's differ by more than this, relative to the matrix's norm. Rounding
+# stays below, the second where something is computed in less than float32, and moves no loss by more than _MOVED. What
+# is as small beside the largest matrix as _NOTHING is rounding alone.
+_CONFUSED, _CONFUSED_ROUGHLY, _MOVED = 1e-2, 0.3, 0.05
 _NOTHING = 1e-5
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -138,7 +138,7 @@ class FactorEngine:
     ) -> Found:
         """Compute a batch in the fastest way that its model allows."""
         count = len(next(iter(inputs.values())))
-        if self.way is Way.TOGETHER or count == 1:
+        if count == 1 or (self.way is Way.TOGETHER and self._way_found):
             return together(inputs)
         if self.way is Way.APART:
             try:
@@ -157,16 +157,29 @@ class FactorEngine:
     def find_way(self, inputs: Mapping[str, Tensor]) -> None:
         """Find out on the first batch whether instances can be told apart in it: two are tried alone and together.
 
+        Where no two have a finite loss, or those tried have no gradient, that is left for the next batch, and this one
+        is computed one by one.
+
         Args:
             inputs: a batch.
         """
-        if self._way_found or len(next(iter(inputs.values()))) < 2:
+        count = len(next(iter(inputs.values())))
+        if self._way_found or count < 2:
             return
-        pair = {name: value[:2].to(self.device) for name, value in inputs.items()}
-        alone = [self._gradients_of({name: value[at : at + 1] for name, value in pair.items()}) for at in range(2)]
-        if not all(torch.isfinite(losses).all() for _, losses in alone):
+        moved = {name: value.to(self.device) for name, value in inputs.items()}
+        chosen = [0, count - 1]  # batches are in order of length
+        alone = self._each(moved, chosen)
+        if not all(_is_finite(found) for found in alone):
+            with torch.no_grad(), self._forward():
+                chosen = torch.isfinite(self._losses(moved)).nonzero().flatten().tolist()
+            chosen = [chosen[0], chosen[-1]] if len(chosen) > 1 else []
+            alone = self._each(moved, chosen)
+            if not alone or not all(_is_finite(found) for found in alone):
+                return
+        if not any(bool(value.any()) for gradients, _ in alone for value in gradients.values()):
             return
         self._way_found = True
+        pair = {name: torch.cat([value[at : at + 1] for at in chosen]) for name, value in moved.items()}
         try:
             together, losses = self._gradients_of(pair)
         except SharedUseError:
@@ -175,8 +188,19 @@ class FactorEngine:
         if not torch.allclose(losses, torch.cat([loss for _, loss in alone]), rtol=_MOVED, atol=_MOVED):
             return  # the instances see each other, which no way of computing mends
         for at, (found, _) in enumerate(alone):
-            if apart.alike(found, {name: value[at] for name, value in together.items()}, _CONFUSED, _NOTHING):
+            slack = _CONFUSED_ROUGHLY if self.is_rough else _CONFUSED
+            if apart.alike(found, {name: value[at] for name, value in together.items()}, slack, _NOTHING):
                 self.way, self.batch_first = Way.APART, False
+
+    def _each(self, inputs: Mapping[str, Tensor], chosen: Sequence[int]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Compute some instances of a batch alone."""
+        return [self._gradients_of({name: value[at : at + 1] for name, value in inputs.items()}) for at in chosen]
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether something is computed in less than float32, or some weights are quantised."""
+        rough = any(not p.is_floating_point() or p.element_size() < 4 for p in self.module.parameters())
+        return rough or self.precision != "float32"
 
     def take_way(self, other: FactorEngine) -> None:
         """Compute batches as another engine of the same model does.
@@ -195,7 +219,7 @@ class FactorEngine:
     def _apart(
         self, stack: AdapterStack, inputs: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        with self._forward(vmapped=True):
+        with self._forward(vmapped=True), apart.unchanged(self.module):
             found = apart.gradients(stack, self._losses, inputs)
         self.reached |= stack.reached
         return found
@@ -294,6 +318,7 @@ class FactorEngine:
     ) -> Tensor:
         self.reached.add(name)
         given = layers.given(args, options)
+        layers.refuse_several(name, output)
         layers.refuse_shared(name, given, self._count)
         if not torch.is_grad_enabled():
             return output
@@ -429,6 +454,10 @@ class FactorEngine:
             cores.append((core / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None]).float())
             values.append(columns.flatten(1).float())
         return _gathered(values, cores, torch.stack(norms, dim=1), losses)
+
+
+def _is_finite(found: tuple[dict[str, Tensor], Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in (*found[0].values(), found[1]))
 
 
 def _joined_gradients(found: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:

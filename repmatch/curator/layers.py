@@ -82,6 +82,23 @@ def given(args: tuple[Tensor, ...], options: Mapping[str, Tensor]) -> Tensor:
     return args[0] if args else next(iter(options.values()))
 
 
+def refuse_several(name: str, output: Any) -> None:
+    """Refuse a layer that gives more than its product, as some routers of experts do.
+
+    Args:
+        name: the layer's name.
+        output: what it gave.
+
+    Raises:
+        ModelError: it is no tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"the layer {name!r} gives a {type(output).__name__}; expected a tensor, what comes in times the weight. "
+            "Adapt other layers with --targets."
+        )
+
+
 def refuse_shared(name: str, x: Tensor, count: int) -> None:
     """Refuse an input that a whole batch shares: what it adds to the gradient is known for the sum of instances only.
 

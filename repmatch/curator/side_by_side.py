@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repmatch.curator import trial
 from repmatch.curator.apart import Way
 from repmatch.curator.engine import FactorEngine
 from repmatch.curator.stack import AdapterStack
@@ -74,7 +75,7 @@ def train_side_by_side(
     _check(jobs)
     total = sum(job.recipe.steps(len(job.examples)) for job in jobs)
     tell = progress or (lambda *_: None)
-    if len(jobs) == 1 or _apart(module, space, task, [job.examples[0] for job in jobs[:2]]):
+    if len(jobs) == 1 or _apart(module, space, task, [example for job in jobs for example in job.examples]):
         return _trained(module, space, task, jobs, lambda done: tell(done, total))
     found: list[Trained] = []
     for job in jobs:
@@ -87,10 +88,10 @@ def train_side_by_side(
     return found
 
 
-def _apart(module: nn.Module, space: Space, task: Task, pair: Sequence[Example]) -> bool:
+def _apart(module: nn.Module, space: Space, task: Task, examples: Sequence[Example]) -> bool:
     """Whether rows of a batch can each have an adapter of their own."""
     engine = FactorEngine(module, space, task.losses, str(next(module.parameters()).device))
-    engine.find_way(task.collate(pair))
+    engine.find_way(task.collate(trial.unlike(examples)))
     return engine.way is Way.TOGETHER
 
 

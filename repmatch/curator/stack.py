@@ -125,6 +125,7 @@ class AdapterStack:
         self.reached.add(name)
         a, b = self.a[name], self.b[name]
         given = layers.given(args, options)
+        layers.refuse_several(name, output)
         layers.refuse_shared(name, given, self.size)
         x = layers.patches(layer, given, self.size)
         moved = torch.bmm(torch.bmm(x, a.transpose(1, 2).to(x.dtype)), b.transpose(1, 2).to(x.dtype))

@@ -91,6 +91,11 @@ def find_matrices(module: nn.Module, patterns: Sequence[str] | None, layers: str
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     body = [name for name in found if name.startswith(prefix)] if prefix != "." else list(found)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in body})
+    if not body:
+        raise ModelError(
+            f"{type(module).__name__} has no layer that can be adapted: expected linear layers of torch, transformers' "
+            "Conv1D, or Conv2d with one group, no dilation and zero padding. Name another with --model."
+        )
     if patterns is None:
         model_type = str(getattr(getattr(module, "config", None), "model_type", type(module).__name__))
         patterns = default_targets(model_type, body)
@@ -101,7 +106,7 @@ def find_matrices(module: nn.Module, patterns: Sequence[str] | None, layers: str
             )
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in body):
-            example = f", and a regular expression must match a whole name such as {body[0]!r}" if body else ""
+            example = f", and a regular expression must match a whole name such as {body[0]!r}"
             raise ModelError(
                 f"--targets {pattern!r} matches no linear layer of the base model; its linear layers end in "
                 f"{quote_list(kinds, 20)}{example}."

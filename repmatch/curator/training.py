@@ -21,7 +21,7 @@ from repmatch.curator import start
 from repmatch.curator.layers import given
 from repmatch.curator.tasks import Example, Task
 from repmatch.datamodels import Space
-from repmatch.errors import ModelError
+from repmatch.errors import ModelError, quote_list
 
 # Batches are cut from shuffled stretches of this many batches sorted by length: little padding, still random order.
 _BUCKET = 16
@@ -85,9 +85,20 @@ def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterato
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # Conv1D: peft sets it right by itself
-        wrapped = get_peft_model(module, config)
+        try:
+            wrapped = get_peft_model(module, config)
+        except ValueError as error:  # of a model with experts, whose layers it takes by their names
+            raise ModelError(f"peft cannot adapt these layers ({error}) Adapt others with --targets.") from error
     try:
         layers = dict(module.named_modules())
+        for name in names:
+            _say_again(layers[name])
+        passed_over = [name for name in names if not hasattr(layers[name], "lora_A")]
+        if passed_over:
+            raise ModelError(
+                f"peft does not adapt {quote_list(passed_over, 3)} of this model (where a model has experts, it takes "
+                "such names for theirs), so that no subset adapter can be trained. Adapt other layers with --targets."
+            )
         with torch.no_grad():
             for matrix in space.matrices:
                 values = torch.from_numpy(start.draw_a(space.seed, matrix.name, rank, matrix.d_in))
@@ -103,6 +114,14 @@ def adapted(module: nn.Module, space: Space, rank: int | None = None) -> Iterato
     finally:
         wrapped.unload()
         module.requires_grad_(False)
+
+
+def _say_again(layer: Any) -> None:
+    """Let a convolution that is wrapped say what its base layer says: some models read how far it strides."""
+    base = getattr(layer, "base_layer", None)
+    if isinstance(base, nn.Conv2d):
+        for name in ("stride", "padding", "kernel_size", "dilation", "groups"):
+            setattr(layer, name, getattr(base, name))
 
 
 def _by_position(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from repmatch.curator.apart import alike
-from repmatch.errors import ModelError, quote_list
+from repmatch.curator.precision import is_out_of_memory
+from repmatch.errors import ModelError, RepMatchError, quote_list
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import FactorEngine
@@ -39,16 +40,35 @@ def check(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None
     Raises:
         ModelError: a layer is not run, or instances see each other.
     """
-    pair = _unlike(examples)
-    alone = [engine.gradients(task.collate([example])) for example in pair]
+    pair = unlike(examples)
+    alone = [_alone(engine, task, example) for example in pair]
     _check_reached(engine, task, examples)
     if len(pair) > 1:
         _check_apart(engine, task, pair, alone)
     _warn_of_zeros(engine, task, examples, [gradients for gradients, _ in alone])
 
 
-def _unlike(examples: Sequence[Example]) -> list[Example]:
-    """The shortest instance and the middle one, or the longest where these are alike."""
+def _alone(engine: FactorEngine, task: Task, example: Example) -> Computed:
+    try:
+        return engine.gradients(task.collate([example]))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if isinstance(error, RepMatchError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the model cannot be run on a row of {example.tokens} tokens alone ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0][:300]}). Name another with --model."
+        ) from error
+
+
+def unlike(examples: Sequence[Example]) -> list[Example]:
+    """Choose two instances that a batch would show to be mixed, if it mixes them.
+
+    Args:
+        examples: one or more.
+
+    Returns:
+        The shortest and the middle one, or the longest where these are alike; one where there are no two.
+    """
     ordered = sorted(examples, key=lambda example: example.tokens)
     middle = ordered[len(ordered) // 2]
     return [ordered[0], middle if middle.tokens > ordered[0].tokens else ordered[-1]][: len(ordered)]
@@ -88,7 +108,7 @@ def _warn_of_zeros(
 
 def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alone: Sequence[Computed]) -> None:
     gradients, losses = engine.gradients(task.collate(pair))
-    slack = _ROUGH_SLACK if _is_rough(engine) else _SLACK
+    slack = _ROUGH_SLACK if engine.is_rough else _SLACK
     for at, (found, loss) in enumerate(alone):
         different = alike(found, {name: value[at] for name, value in gradients.items()}, slack, _NOTHING)
         if different is None:
@@ -99,8 +119,3 @@ def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alon
             "instances that do not see each other. Mask the padding, and use no batch statistics; of a model that is "
             "not your own adapt other layers with --targets, or name another with --model."
         )
-
-
-def _is_rough(engine: FactorEngine) -> bool:
-    """Whether some weights have less precision than float32, or are quantised."""
-    return any(not p.is_floating_point() or p.element_size() < 4 for p in engine.module.parameters())

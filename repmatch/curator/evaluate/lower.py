@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repmatch.curator.batches import batches_by_tokens
+from repmatch.curator.precision import is_out_of_memory
 from repmatch.curator.tasks import Example, Task
 from repmatch.datamodels import Matrix
 from repmatch.errors import ModelError
@@ -188,6 +189,31 @@ class LowerLayers:
             lo = longest - len(state) if self.left else 0
             batch[row, lo : lo + len(state)] = state
         self._given = batch.repeat(times, 1, 1) if times > 1 else batch
+
+    def is_right(self, task: Task, examples: Sequence[Example]) -> bool:
+        """Whether a model gives the same without its lower layers: some hand on more than hidden states.
+
+        Args:
+            task: collates them.
+            examples: from `remember`, a few.
+
+        Returns:
+            True or False.
+        """
+        device = next(self.module.parameters()).device
+        inputs = {k: v.to(device) for k, v in task.collate(examples).items() if k != "labels"}
+        self.give(examples)
+        with torch.inference_mode():
+            whole = self.module(**inputs).logits.float()
+            try:
+                with self.skipped():
+                    short = self.module(**inputs).logits.float()
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+                if is_out_of_memory(error):
+                    raise
+                return False
+        slack = 1e-3 * float(whole.nan_to_num(0.0).abs().max())
+        return torch.allclose(whole, short, rtol=1e-3, atol=slack, equal_nan=True)
 
     @contextmanager
     def skipped(self) -> Iterator[None]:

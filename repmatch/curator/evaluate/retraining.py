@@ -6,6 +6,7 @@ that what differs is the data alone.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repmatch.curator import start
+from repmatch.curator import start, trial
 from repmatch.curator.apart import Way
 from repmatch.curator.batches import batches_by_tokens
 from repmatch.curator.engine import FactorEngine
@@ -28,6 +29,8 @@ from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut
 from repmatch.curator.stack import AdapterStack
 from repmatch.errors import ModelError, UsageError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from repmatch.curator.classification import Example
@@ -132,6 +135,7 @@ class Retrainer:
         self.lower: LowerLayers | None = None
         self._last_layer = LastLayer.of(self.module)
         self._shortcut: Shortcut | None = None
+        self._lower_tried = False
         self._apart: bool | None = None  # whether trainings can go side by side
         if recipe.layers is not None:
             lower = LowerLayers.of(self.module, self.space.matrices, recipe.layers, left=self.task.left)
@@ -207,12 +211,16 @@ class Retrainer:
     def _prepare(self, examples: Sequence[Example]) -> None:
         if self._apart is None:
             engine = FactorEngine(self.module, self.space, self.task.losses, str(self.device))
-            engine.find_way(self._on(self.task.collate(examples[:2])))
+            engine.find_way(self._on(self.task.collate(trial.unlike(examples))))
             self._apart = engine.way is Way.TOGETHER
             if not engine.batch_first:  # states are kept by instance
                 self.lower = None
         if self.lower is not None:
             self.lower.remember(self.task, examples, self.bench.batch_tokens)
+            if not self._lower_tried and not self.lower.is_right(self.task, trial.unlike(examples)):
+                logger.info("the layers below the adapted ones run every time: what they do cannot be put back")
+                self.lower = None
+            self._lower_tried = True
         if self._last_layer is not None and self._shortcut is None:
             few = self._on(self.task.collate(examples[:2]))
             self._shortcut = self._last_layer.try_out(self.module, self.task.losses, few)

@@ -57,7 +57,7 @@ class ShortHead:
                 raise
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
                 return False
-        if short.shape != full.shape:
+        if not isinstance(short, Tensor) or short.shape != full.shape:
             return False
         finite = torch.isfinite(full)
         if not finite.any():
