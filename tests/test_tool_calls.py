@@ -240,7 +240,7 @@ def test_every_way_to_write_the_same_is_the_same() -> None:
     found = conversation({"messages": [*old, ASKED[3]], "functions": [PLOT["function"]]}, "messages")
     assert (found.tools, found.messages[2]["role"]) == (expected.tools, "tool")
     assert found.messages[1]["tool_calls"][0]["function"] == function
-    assert talk(GREETED, "[]") == talk(GREETED, None) == talk(GREETED, [])
+    assert talk(GREETED, "[]") == talk(GREETED, None) == talk(GREETED, []) == talk(GREETED, "null")
 
 
 def test_arguments_as_text_keep_their_nulls_and_order() -> None:
@@ -299,6 +299,30 @@ def test_calls_are_the_assistants() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- which are learned
+
+
+def test_sharegpts_messages_are_the_same_conversations(tmp_path: Path) -> None:
+    said = json.dumps({"name": "plot", "arguments": {"film": "dull"}})
+    shared = [
+        {"from": "system", "value": "short"},
+        {"from": "human", "value": "a funny film", "weight": None},
+        {"from": "function_call", "value": said},
+        {"from": "observation", "value": "slow"},
+        {"from": "gpt", "value": "not funny", "role": None, "content": None},
+    ]
+    call = {"type": "function", "function": {"name": "plot", "arguments": {"film": "dull"}}}
+    answers = [{"role": "tool", "content": "slow"}, ASKED[3]]
+    usual = [{"role": "system", "content": "short"}, ASKED[0], {**ASKED[1], "tool_calls": [call]}, *answers]
+    row = {"conversations": shared, "tools": json.dumps([PLOT])}
+    assert conversation(row, "conversations") == talk(usual)
+    assert learned(HERMES, talk(shared))[1] == "not funny<|im_end|>\n"
+    assert conversation({**row, "conversations": json.dumps(shared)}, "conversations") == talk(usual)
+    assert talk([*shared[:2], {"from": "function_call", "value": f"[{said}]"}]).learned == (2,)
+    with pytest.raises(RowProblem, match="the call 'plot', which names no function"):
+        talk([*shared[:2], {"from": "function_call", "value": "plot"}, *shared[3:]])
+    opened = open_rows([str(write_rows(tmp_path / "a.jsonl", [row]))], FieldChoice(), kind=TASKS["causal-lm"])
+    assert [type(found) for chunk in opened for found in chunk] == [Row]
+    assert (opened.fields.form, opened.fields.text_field) == ("messages", "conversations")
 
 
 def test_which_messages_are_learned() -> None:
