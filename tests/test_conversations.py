@@ -52,6 +52,33 @@ def test_messages_as_json_text_are_the_same_conversations(run: Run, tmp_path: Pa
     assert (changed.objects[0]["changed"], changed.objects[0]["precision"]) == (2, None)  # nothing is computed again
 
 
+def test_a_conversation_may_be_typed(run: Run, tmp_path: Path) -> None:
+    longer = [*TALK, {"role": "user", "content": "the actor"}, {"role": "assistant", "content": "was great"}]
+    store, model = tmp_path / "s", causal_checkpoint(tmp_path / "m", "qwen2")
+    talks = (TALK, longer, [*longer[2:], *longer[2:]])
+    whole = [{"id": f"r{i}", "messages": talk} for i, talk in enumerate(talks)]
+    cut = [{"id": f"r{i}", "prompt": talk[:-1], "completion": talk[-1:]} for i, talk in enumerate(talks)]
+    for name, rows in (("whole", whole), ("cut", cut)):
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
+        result = run("--store", store, "ingest", file, "--dataset", name, "--task", "causal-lm", "--model", model)
+        assert result.code == 0, result.err
+
+    def first(*given: str) -> tuple[str, bool]:
+        result = run("--store", store, "nearest", *given, "-k", 1, "--json")
+        assert result.code == 0, result.err
+        return result.objects[0]["id"], result.objects[0]["score"] > 0.999
+
+    assert first("whole", "--text", json.dumps(longer)) == ("r1", True)
+    for name in ("whole", "cut"):
+        asked, told = json.dumps(longer[:-1]), json.dumps(longer[-1:])
+        assert first(name, "--text", asked, "--text-pair", told) == ("r1", True)
+        assert first(name, "--text", asked, "--text-pair", "was great") == ("r1", True)
+        assert first(name, "--text", TALK[0]["content"], "--text-pair", json.dumps(TALK[1:])) == ("r0", True)
+        result = run("--store", store, "nearest", name, "--text", asked)
+        reason = "by 'user'; expected an answer of the assistant" if name == "whole" else "give the answer with"
+        assert (result.code, reason in result.err, "Fix the row" in result.err) == (2, True, False), result.err
+
+
 def test_a_prompt_may_look_like_a_conversation(tmp_path: Path) -> None:
     text = json.dumps(TALK)
     assert form_of(write_rows(tmp_path / "a.jsonl", [{"prompt": text, "completion": "x"}])) == "completion"

@@ -138,6 +138,16 @@ def test_a_file_of_somebody_elses_is_replaced_by_force_alone(run: Run, own: Path
     assert run(*asked).code == 0
 
 
+@pytest.mark.parametrize("name", ["core.parquet", "core.CSV", "core.tsv", "core.jsonl.gz"])
+def test_json_lines_have_no_other_formats_name(run: Run, own: Path, name: str) -> None:
+    for more in ((), ("--dry-run",), ("--force",)):
+        result = run("--store", "s", "export", "core", "-o", name, *more)
+        assert (result.code, "JSON lines are written; expected a name such as core.jsonl." in result.err) == (2, True)
+    assert not [*own.glob("core*")]
+    for usual in ("core.json", "core.ndjson", "core"):
+        assert run("--store", "s", "export", "core", "-o", usual).code == 0
+
+
 def test_an_export_that_was_changed_since_is_the_users(run: Run, own: Path) -> None:
     asked = ("--store", "s", "export", "core", "-o", "core.jsonl")
     assert run(*asked).code == 0

@@ -15,6 +15,7 @@ from chat_templates import HERMES, LLAMA, MISTRAL, NO_CALLS, NO_TOOLS, QWEN
 from conftest import Run, write_rows
 from tiny_models import tokenizer
 from tiny_more import causal_checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
@@ -239,7 +240,7 @@ def test_every_way_to_write_the_same_is_the_same() -> None:
     found = conversation({"messages": [*old, ASKED[3]], "functions": [PLOT["function"]]}, "messages")
     assert (found.tools, found.messages[2]["role"]) == (expected.tools, "tool")
     assert found.messages[1]["tool_calls"][0]["function"] == function
-    assert talk(GREETED, "[]") == talk(GREETED, None) == talk(GREETED, [])
+    assert talk(GREETED, "[]") == talk(GREETED, None) == talk(GREETED, []) == talk(GREETED, "null")
 
 
 def test_arguments_as_text_keep_their_nulls_and_order() -> None:
@@ -298,6 +299,30 @@ def test_calls_are_the_assistants() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- which are learned
+
+
+def test_sharegpts_messages_are_the_same_conversations(tmp_path: Path) -> None:
+    said = json.dumps({"name": "plot", "arguments": {"film": "dull"}})
+    shared = [
+        {"from": "system", "value": "short"},
+        {"from": "human", "value": "a funny film", "weight": None},
+        {"from": "function_call", "value": said},
+        {"from": "observation", "value": "slow"},
+        {"from": "gpt", "value": "not funny", "role": None, "content": None},
+    ]
+    call = {"type": "function", "function": {"name": "plot", "arguments": {"film": "dull"}}}
+    answers = [{"role": "tool", "content": "slow"}, ASKED[3]]
+    usual = [{"role": "system", "content": "short"}, ASKED[0], {**ASKED[1], "tool_calls": [call]}, *answers]
+    row = {"conversations": shared, "tools": json.dumps([PLOT])}
+    assert conversation(row, "conversations") == talk(usual)
+    assert learned(HERMES, talk(shared))[1] == "not funny<|im_end|>\n"
+    assert conversation({**row, "conversations": json.dumps(shared)}, "conversations") == talk(usual)
+    assert talk([*shared[:2], {"from": "function_call", "value": f"[{said}]"}]).learned == (2,)
+    with pytest.raises(RowProblem, match="the call 'plot', which names no function"):
+        talk([*shared[:2], {"from": "function_call", "value": "plot"}, *shared[3:]])
+    opened = open_rows([str(write_rows(tmp_path / "a.jsonl", [row]))], FieldChoice(), kind=TASKS["causal-lm"])
+    assert [type(found) for chunk in opened for found in chunk] == [Row]
+    assert (opened.fields.form, opened.fields.text_field) == ("messages", "conversations")
 
 
 def test_which_messages_are_learned() -> None:
@@ -372,6 +397,37 @@ def test_tokens_between_what_is_learned_count_for_nothing(tmp_path: Path) -> Non
         ids, labels = kept(follows + 1 - cut)
         assert ids == whole[-follows - 1 :][: len(ids)]
         assert labels == wanted[: max(len(ids_of(task, pieces[1])), len(wanted) - cut)]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_tokens_are_those_of_the_whole_text(scheme: Any) -> None:
+    signs = [*'\n ▁<>|/_"{}:,', *"abcdefghijklmnopqrstuvwxyz", "▁quiet", "▁loud", "loud", "▁▁"]
+    words = Tokenizer(models.BPE({sign: i for i, sign in enumerate(["<unk>", *signs])}, [], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    spaced.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    spaced.chat_template = HERMES
+    task = causal.CausalLanguage(spaced, causal.CHAT, 1000, "messages")
+    weighted = [GREETED[0], {**GREETED[1], "weight": 1}, *GREETED[:1], {"role": "assistant", "content": " so  "}]
+    row = Row("r", json.dumps({"messages": weighted}), "", "", "", "", "", "here", 1)
+    for template in (HERMES, MISTRAL.replace("</s>", "<end>").replace("<s>", "")):
+        spaced.chat_template = template
+        ids, labels = (task.collate(task.encode([row]))[name][0].tolist() for name in ("input_ids", "labels"))
+        assert ids == spaced.apply_chat_template(weighted, tokenize=True, return_dict=False)
+        said = spaced.convert_ids_to_tokens([label for label in labels if label != causal.IGNORED])
+        assert said[:4] == [*"loud"]  # no space before it, which the template has not
+
+
+def test_a_token_is_not_partly_of_the_prompt() -> None:
+    signs = ["<unk>", "a", "b", "\n", "\n\n"]
+    words = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, [("\n", "\n")], unk_token="<unk>"))
+    lines = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>")
+    lines.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    task = causal.CausalLanguage(lines, causal.CHAT, 1000, "messages")
+    asked = [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": "\nb"}]
+    found = task.encode([Row("r", json.dumps({"messages": asked}), "", "", "", "", "", "here", 1)])[0].features
+    # As after the prompt that a model is given to answer; the whole text's third line break would belong to both.
+    assert (lines.convert_ids_to_tokens(found["input_ids"]), found["prompt"]) == (["a", "\n\n", "\n", "b", "\n"], 2)
 
 
 def test_the_loss_is_the_mean_over_what_is_learned(tmp_path: Path) -> None:

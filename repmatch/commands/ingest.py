@@ -37,7 +37,8 @@ _SPACE: tuple[Callable[[F], F], ...] = (
     ),
     click.option("--id-field", help="Column with the id.  [default: id, where rows have it; else a digest of the row]"),
     click.option(
-        "--text-field", help="Column with the text.  [default: text; causal-lm: prompt or messages; images: image]"
+        "--text-field",
+        help="Column with the text.  [default: text; causal-lm: prompt, messages or conversations; images: image]",
     ),
     click.option(
         "--text-pair-field",

@@ -14,7 +14,7 @@ from repmatch.output import printable, shorten
 @click.command()
 @click.argument("dataset", shell_complete=complete_dataset)
 @click.argument("instances", nargs=-1, metavar="[ID]...")
-@click.option("--text", help="A new text, in place of an id.")
+@click.option("--text", help="A new text, in place of an id; of conversations also the messages' JSON text.")
 @click.option("--text-pair", help="Its second text, for a dataset of pairs.")
 @click.option("--label", help="Its label.  [default: each label is tried and the best counts]")
 @click.option("-k", "count", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")

@@ -12,14 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repmatch.curator.records import RowProblem, not_finite, shown
-from repmatch.curator.toolcalls import TOOL, call_text, calls_of, tools_of, without_nulls
+from repmatch.curator.toolcalls import TOOL, call_text, calls_of, listed, tools_of, without_nulls
 from repmatch.errors import quote_list
+
+CONVERSATIONS = ("messages", "conversations")
+"""Columns that hold a conversation, where no other is named and there is no prompt."""
 
 OPTIONS = "chat_template_kwargs"
 """Column with what a row's chat template is told besides messages and tools."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which an assistant's thoughts are kept; the first is ours."""
+
+# Roles as ShareGPT's files name them, whose messages have "from" and "value".
+_SPEAKERS = {"human": "user", "gpt": "assistant", "observation": TOOL}
 
 # Arguments of `apply_chat_template` that are not the template's.
 _RESERVED = frozenset(
@@ -86,7 +92,7 @@ def messages_in(value: Any) -> Any:
         value: what a column holds.
 
     Returns:
-        The list of objects with a role; the value itself where it is no such text.
+        The list of objects with a role (or "from"); the value itself where it is no such text.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -94,7 +100,9 @@ def messages_in(value: Any) -> Any:
         found = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    talks = isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found)
+    talks = (
+        isinstance(found, list) and found and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)
+    )
     return found if talks else value
 
 
@@ -157,9 +165,22 @@ def _side(row: Mapping[str, Any], column: str, role: str, option: str) -> list[A
     return value
 
 
+def _spoken_by(message: Any) -> Any:
+    """A message of ShareGPT's files with role and content, its call as one of tools; any other as it is."""
+    if not isinstance(message, dict) or message.get("role") is not None or not isinstance(message.get("from"), str):
+        return message
+    speaker, value = message["from"], message.get("value")
+    rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
+    if speaker != "function_call":
+        return {**rest, "role": _SPEAKERS.get(speaker, speaker), "content": value}
+    calls = listed(listed(value, "{"))
+    return {**rest, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
 def _message(message: Any, column: str) -> Message:
-    role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
-    calls = calls_of(message, column) if isinstance(message, dict) else []
+    given = _spoken_by(message)
+    role, content = (given.get(key) for key in ("role", "content")) if isinstance(given, dict) else (None, None)
+    calls = calls_of(given, column) if isinstance(given, dict) else []
     if role == "function":  # what OpenAI called a tool's answer before there were tools
         role = TOOL
     if isinstance(content, list):
@@ -180,7 +201,7 @@ def _message(message: Any, column: str) -> Message:
     if calls:
         found["tool_calls"] = calls
     if role == "assistant":
-        thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
+        thought = next((given[name] for name in REASONING if given.get(name) is not None), None)
         if thought is not None and not isinstance(thought, str):
             raise RowProblem(
                 f"column {column!r} holds a message with the reasoning {shown(thought)}; expected text. Fix the row."
@@ -188,7 +209,7 @@ def _message(message: Any, column: str) -> Message:
         if thought:
             found[REASONING[0]] = thought
     if role == TOOL:
-        found |= {key: str(message[key]) for key in ("name", "tool_call_id") if message.get(key) is not None}
+        found |= {key: str(given[key]) for key in ("name", "tool_call_id") if given.get(key) is not None}
     return found
 
 

@@ -194,8 +194,8 @@ class Curator:
         Args:
             dataset: the dataset's name.
             instance: the user's id.
-            text: a new text, in place of an id.
-            text_pair: its second text, for a dataset of pairs.
+            text: a new text, in place of an id; for a dataset of conversations also the messages as JSON text.
+            text_pair: its second text, for a dataset of pairs; not needed behind a whole conversation.
             label: its label; None: each of the dataset's labels is tried and the best counts.
             k: how many.
             signed: by the cosine of the two ΔW in place of the RepMatch score.

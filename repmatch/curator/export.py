@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXTRA = "repmatch"
 FORMAT = "repmatch-manifest-1"
+_NO_LINES = (".parquet", ".csv", ".tsv", ".gz")
 _PACKAGES = ("duckdb", "numpy", "numba", "peft", "polars", "torch", "transformers")
 
 
@@ -108,9 +109,15 @@ def write_export(
 
     Raises:
         UsageError: the folder does not exist, the path is a folder, it lies in a store, rows were read from it, there
-            is a file of somebody else's, or a README.md that is no card of ours.
+            is a file of somebody else's, or a README.md that is no card of ours, or the name is that of another format.
         RepMatchError: the file cannot be written.
     """
+    if path.suffix.lower() in _NO_LINES:
+        raise UsageError(
+            f"{path} is named like a file of another format, and JSON lines are written; expected a name such as "
+            f"{path.name.split('.')[0] or 'rows'}.jsonl. polars, for one, makes Parquet of that: "
+            "read_ndjson(...).write_parquet(...)."
+        )
     check_destination(path, store, ours=is_export, force=force)
     beside, readme = _manifest_of(path), path.with_name("README.md")
     check_destination(beside, store, ours=lambda found: _described(found) is not None, force=force)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from repmatch.curator.conversations import conversation, messages_in
 from repmatch.curator.ensemble import nearest_by_all, with_others
+from repmatch.curator.records import RowProblem, to_json
 from repmatch.curator.settings import Settings
 from repmatch.curator.tabular import Tabular
-from repmatch.datamodels import Factors, Row
+from repmatch.datamodels import Factors, Fields, Row
 from repmatch.errors import InputError, UnknownNameError, UsageError
 from repmatch.printable import shorten
 from repmatch.similarity import chance, mean_scores
@@ -139,6 +141,8 @@ def nearest_to_text(
     if row.label and known.labels and row.label not in known.labels:
         raise UnknownNameError.of("label", row.label, known.labels, f"labels are those of the dataset {dataset!r}")
     form = known.fields.form
+    if form == "messages":
+        row = _talk(row, known.fields)
     if row.text_pair is not None and known.fields.text_pair_field is None and form != "messages":
         raise UsageError(f"the instances of {dataset!r} are single texts; leave --text-pair out.")
     if row.text_pair is None and form in ("completion", "messages"):
@@ -155,6 +159,23 @@ def nearest_to_text(
     order = sorted(best, key=lambda name: (-best[name], name))[:k]
     scores = np.asarray([best[name] for name in order], dtype=np.float32)
     return Neighbours(dataset, tuple(order), scores, signed, 0.0 if signed else chance(search.layout))
+
+
+def _talk(row: Row, fields: Fields) -> Row:
+    """A typed row with the conversation that its texts hold as JSON text; the row itself where they hold none."""
+    asked, told, column = messages_in(row.text), messages_in(row.text_pair), fields.text_pair_field
+    if not (isinstance(asked, list) or isinstance(told, list)) or (column is not None and told is None):
+        return row
+    asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    if told is None or isinstance(told, str):
+        told = [] if told is None else [{"role": "assistant", "content": told}]
+    value = {fields.text_field: asked + told} if column is None else {fields.text_field: asked, column: told}
+    try:
+        talk = conversation(value, fields.text_field, column)
+        return replace(row, json=to_json(value), text=talk.prompt, text_pair=talk.answer)
+    except RowProblem as problem:
+        reason = str(problem).partition(" Fix the row")[0]
+        raise UsageError(f"{reason} Such is the conversation of --text and --text-pair.") from None
 
 
 def _scorer(device: str | None) -> Scorer:

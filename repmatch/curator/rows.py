@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from repmatch.curator.conversations import messages_in
+from repmatch.curator.conversations import CONVERSATIONS, messages_in
 from repmatch.curator.forms import TaskKind, task_kind
 from repmatch.curator.records import BadRecord, Record
 from repmatch.curator.rowmaker import MAX_NAME_CHARS, MAX_TEXT_CHARS, RowMaker
@@ -47,7 +47,7 @@ class FieldChoice:
     Attributes:
         id_field: column with the id. Default: `id` where the first readable row has it, else the digest of the row.
         text_field: column with the text. Default: the task's, for classification `text`, for causal-lm `prompt`, or
-            `messages` where the first row has no prompt.
+            `messages` or `conversations` where the first row has no prompt.
         text_pair_field: column with the second text; "": none. Default: the task's, for classification `text_pair`
             where one of the first rows has it.
         label_field: column with the label. Default: `label`.
@@ -254,8 +254,8 @@ def _resolve(choice: FieldChoice, values: Sequence[Mapping[str, Any]], kind: Tas
         id_field = "id"
     text, label, form = choice.text_field or kind.text_field, choice.label_field or "label", kind.form
     if form == "completion":
-        if choice.text_field is None and text not in (values[0] if values else ()) and _has(values, "messages"):
-            text = "messages"
+        if choice.text_field is None and text not in (values[0] if values else ()):
+            text = next((column for column in CONVERSATIONS if _has(values, column)), text)
         if values and _talks(values, text, pair or kind.pair_field or ""):
             second = kind.pair_field if pair is None and text == kind.text_field else pair
             answered = second and any(value.get(second) is not None for value in values)

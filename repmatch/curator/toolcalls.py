@@ -48,7 +48,7 @@ def calls_of(message: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     Raises:
         RowProblem: they are no list of calls, or arguments are no object or JSON text of one.
     """
-    given = _listed(message.get("tool_calls")) or None  # tables write none as an empty list too
+    given = listed(message.get("tool_calls")) or None  # tables write none as an empty list too
     if given is None and message.get("function_call") is not None:
         given = [message["function_call"]]
     if given is None:
@@ -108,15 +108,15 @@ def tools_of(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> l
     column = TOOLS
     if row.get(TOOLS) is None and any("tool_calls" in message for message in messages):
         column = _FUNCTIONS
-    given = _listed(row.get(column))
-    if given is None or given == "":
+    given = listed(row.get(column))
+    if given in (None, "", "null"):  # the last is what JSON text has for none
         return []
     if not isinstance(given, list):
         raise RowProblem(
             f"column {column!r} holds {shown(given)}; expected a list of tools such as {_A_TOOL}, or its JSON text. "
             "Fix the row, or rename the column where it holds no tools."
         )
-    return [_tool(_listed(tool, "{"), column) for tool in given]
+    return [_tool(listed(tool, "{"), column) for tool in given]
 
 
 def _tool(tool: Any, column: str) -> dict[str, Any]:
@@ -133,8 +133,16 @@ def _tool(tool: Any, column: str) -> dict[str, Any]:
     return found
 
 
-def _listed(value: Any, opening: str = "[") -> Any:
-    """Return what JSON text of a list (or an object) holds; the value itself where it is none."""
+def listed(value: Any, opening: str = "[") -> Any:
+    """Return what JSON text of a list (or an object) holds.
+
+    Args:
+        value: what a column or key holds.
+        opening: "[" for a list, "{" for an object.
+
+    Returns:
+        The list or object; the value itself where it is no such text.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,9 @@ NAME = "causal-lm"
 PLAIN = "prompt+completion+eos"
 CHAT = "chat"
 IGNORED = -100
+
+# Characters of a piece that the next one is tokenized behind: more than any one token has.
+_CONTEXT = 128
 
 
 class CausalLanguage:
@@ -82,12 +86,10 @@ class CausalLanguage:
         reasons: dict[int, str] = {}
         chat = self.template == CHAT
         texts = [self._pieces(i, row, reasons) for i, row in enumerate(rows)]
-        read = iter(self._ids([piece for pieces in texts for piece in pieces[::2]], special=not chat))
-        learned = iter(self._ids([piece for pieces in texts for piece in pieces[1::2]], special=False))
+        found = self._behind(texts) if chat else self._apart(texts)
         eos = None if chat else self.tokenizer.eos_token_id
         examples = []
-        for i, pieces in enumerate(texts):
-            prompt, *rest = (next(learned if j % 2 else read) for j in range(len(pieces)))
+        for i, (prompt, *rest) in enumerate(found):
             if eos is not None:
                 prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
                 rest[-1] = [*rest[-1], eos]
@@ -115,6 +117,32 @@ class CausalLanguage:
             at += len(part)
         features = {"input_ids": ids, "prompt": len(asked)} | ({"gaps": tuple(gaps)} if gaps else {})
         return Example(features, None, len(ids) < len(prompt) + len(follows))
+
+    def _apart(self, texts: Sequence[list[str]]) -> list[list[list[int]]]:
+        """Tokenize prompts and completions, each as a text of its own."""
+        prompts = self._ids([prompt for prompt, _ in texts], special=True)
+        completions = self._ids([completion for _, completion in texts], special=False)
+        return [[prompt, completion] for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def _behind(self, texts: Sequence[list[str]]) -> list[list[list[int]]]:
+        """Tokenize the pieces of texts, each behind the end of the one before, as it stands in the whole text.
+
+        Many tokenizers (of LLaMA 2 and Mistral, among others) put a space before a text, which within it there is not.
+        Where a token would be partly of one piece and partly of the next, the next is tokenized as a text of its own.
+        """
+        first = iter(self._ids([pieces[0] for pieces in texts], special=False))
+        joints = [(one[-_CONTEXT:], other) for pieces in texts for one, other in pairwise(pieces)]
+        ends = iter(self._ids([end for end, _ in joints], special=False))
+        both = iter(self._ids([end + piece for end, piece in joints], special=False))
+        found = []
+        for pieces in texts:
+            ids = [next(first)]
+            for piece in pieces[1:]:
+                end, joined = next(ends), next(both)
+                is_whole = joined[: len(end)] == end
+                ids.append(joined[len(end) :] if is_whole else self._ids([piece], special=False)[0])
+            found.append(ids)
+        return found
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         with warnings.catch_warnings():
