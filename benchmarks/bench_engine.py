@@ -186,7 +186,10 @@ class Bench:
             with watching() as watch:
                 ours = {e: self._ingest(rows, space, e, f"{name}-{number}-{e}") for e in ("float16", "sign")}
                 ran = subprocess.run(
-                    [str(python), str(script), name.partition("-")[0], str(folder)], capture_output=True, text=True, check=False
+                    [str(python), str(script), name.partition("-")[0], str(folder)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
             found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
             if ran.returncode or not found:
