@@ -91,11 +91,11 @@ def test_the_pair_is_of_unlike_length() -> None:
     bench = Workbench.build(Settings(model=OwnModel(Module(), Numbers()), targets=("used",), device="cpu"))
     examples = bench.task(()).encode(make_rows(9))
     lengths = sorted(example.tokens for example in examples)
-    assert [e.tokens for e in trial._unlike(examples)] == [lengths[0], lengths[4]]
+    assert [e.tokens for e in trial.unlike(examples)] == [lengths[0], lengths[4]]
     short = [e for e in examples if e.tokens == lengths[0]][:1]
     longest = max(examples, key=lambda e: e.tokens)
-    assert trial._unlike([*short, longest, *short, *short]) == [short[0], longest]
-    assert trial._unlike(short) == short
+    assert trial.unlike([*short, longest, *short, *short]) == [short[0], longest]
+    assert trial.unlike(short) == short
 
 
 def test_a_layer_that_is_never_called_is_refused() -> None:

@@ -176,17 +176,18 @@ class FactorEngine:
             alone = self._each(moved, chosen)
             if not alone or not all(_is_finite(found) for found in alone):
                 return
-        if not any(bool(value.any()) for gradients, _ in alone for value in gradients.values()):
-            return
-        self._way_found = True
         pair = {name: torch.cat([value[at : at + 1] for at in chosen]) for name, value in moved.items()}
         try:
             together, losses = self._gradients_of(pair)
         except SharedUseError:
-            self.way = Way.APART
+            self.way, self._way_found = Way.APART, True
             return
         if not torch.allclose(losses, torch.cat([loss for _, loss in alone]), rtol=_MOVED, atol=_MOVED):
-            return  # the instances see each other, which no way of computing mends
+            self._way_found = True  # the instances see each other, which no way of computing mends
+            return
+        if not any(bool(value.any()) for gradients, _ in alone for value in gradients.values()):
+            return
+        self._way_found = True
         for at, (found, _) in enumerate(alone):
             slack = _CONFUSED_ROUGHLY if self.is_rough else _CONFUSED
             if apart.alike(found, {name: value[at] for name, value in together.items()}, slack, _NOTHING):
