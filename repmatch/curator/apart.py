@@ -19,6 +19,11 @@ from repmatch.curator.stack import AdapterStack
 
 Factors = Mapping[str, Tensor]
 
+# Gradients that hold a part of another instance's differ by more than this, relative to the matrix's norm. Rounding
+# stays below: in float32 it moves them by 1e-4 at most, the second is for what is computed in less.
+_SLACK, _ROUGH_SLACK = 1e-2, 0.3
+_NOTHING = 1e-5
+
 
 class Way(Enum):
     """How a batch is computed."""
@@ -82,23 +87,25 @@ def _values(factors: Factors) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in factors.items()}
 
 
-def alike(one: Factors, other: Factors, slack: float, nothing: float) -> tuple[str, float] | None:
-    """Compare two gradients, matrix by matrix.
+def different(alone: Factors, together: Factors, at: int, *, rough: bool) -> tuple[str, float] | None:
+    """Compare an instance's gradient alone with that in a batch, matrix by matrix, but for rounding.
 
     Args:
-        one: matrix name -> tensor.
-        other: the same matrices.
-        slack: how far they may be apart, relative to `one`'s matrix.
-        nothing: a difference of this share of `one`'s largest matrix is rounding alone.
+        alone: matrix name -> (1, d_out, r).
+        together: matrix name -> (n, d_out, r).
+        at: the instance's place in the batch.
+        rough: whether something is computed in less than float32.
 
     Returns:
         The first matrix that differs and by how much, relative to its norm; None: none. What is not finite differs from
         nothing.
     """
-    doubles = {name: value.detach().flatten().cpu().double() for name, value in one.items()}
+    slack = _ROUGH_SLACK if rough else _SLACK
+    doubles = {name: value.detach().flatten().cpu().double() for name, value in alone.items()}
     largest = max(float(value.norm()) for value in doubles.values())
     for name, value in doubles.items():
-        difference = float((value - other[name].detach().flatten().cpu().double()).norm())
-        if torch.isfinite(value).all() and not difference <= slack * float(value.norm()) + nothing * largest:
+        difference = float((value - together[name][at].detach().flatten().cpu().double()).norm())
+        # What is small beside the instance's largest matrix is rounding alone.
+        if torch.isfinite(value).all() and not difference <= slack * float(value.norm()) + _NOTHING * largest:
             return name, difference / max(float(value.norm()), 1e-300)
     return None

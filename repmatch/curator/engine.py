@@ -37,11 +37,8 @@ __all__ = ["BatchFactors", "FactorEngine", "first_step", "left_singular", "unit_
 
 logger = logging.getLogger(__name__)
 
-# Gradients that hold a part of another instance's differ by more than this, relative to the matrix's norm. Rounding
-# stays below, the second where something is computed in less than float32, and moves no loss by more than _MOVED. What
-# is as small beside the largest matrix as _NOTHING is rounding alone.
-_CONFUSED, _CONFUSED_ROUGHLY, _MOVED = 1e-2, 0.3, 0.05
-_NOTHING = 1e-5
+# Rounding moves no loss by more than this, in any precision.
+_MOVED = 0.05
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Found = TypeVar("Found")
@@ -189,8 +186,7 @@ class FactorEngine:
             return
         self._way_found = True
         for at, (found, _) in enumerate(alone):
-            slack = _CONFUSED_ROUGHLY if self.is_rough else _CONFUSED
-            if apart.alike(found, {name: value[at] for name, value in together.items()}, slack, _NOTHING):
+            if apart.different(found, together, at, rough=self.is_rough):
                 self.way, self.batch_first = Way.APART, False
 
     def _each(self, inputs: Mapping[str, Tensor], chosen: Sequence[int]) -> list[tuple[dict[str, Tensor], Tensor]]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from repmatch.curator import trial
 from repmatch.curator.apart import Way
-from repmatch.curator.engine import FactorEngine
 from repmatch.curator.stack import AdapterStack
 from repmatch.curator.tasks import Example, Task
 from repmatch.curator.training import Recipe, Trained, batches, training_record
@@ -75,7 +74,8 @@ def train_side_by_side(
     _check(jobs)
     total = sum(job.recipe.steps(len(job.examples)) for job in jobs)
     tell = progress or (lambda *_: None)
-    if len(jobs) == 1 or _apart(module, space, task, [example for job in jobs for example in job.examples]):
+    every = [example for job in jobs for example in job.examples]
+    if len(jobs) == 1 or trial.tried(module, space, task, every).way is Way.TOGETHER:
         return _trained(module, space, task, jobs, lambda done: tell(done, total))
     found: list[Trained] = []
     for job in jobs:
@@ -86,13 +86,6 @@ def train_side_by_side(
 
         found += _trained(module, space, task, [job], later)
     return found
-
-
-def _apart(module: nn.Module, space: Space, task: Task, examples: Sequence[Example]) -> bool:
-    """Whether rows of a batch can each have an adapter of their own."""
-    engine = FactorEngine(module, space, task.losses, str(next(module.parameters()).device))
-    engine.find_way(task.collate(trial.unlike(examples)))
-    return engine.way is Way.TOGETHER
 
 
 def _trained(

@@ -61,14 +61,21 @@ def calls_of(message: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     return [_call(call, column) for call in given]
 
 
-def _call(call: Any, column: str) -> dict[str, Any]:
-    inner = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
+def _function(value: Any) -> dict[str, Any] | None:
+    """The object that names the function of a call or a tool, which may be the value itself; None: there is none."""
+    inner = value.get("function") if isinstance(value, dict) and value.get("function") is not None else value
     name = inner.get("name") if isinstance(inner, dict) else None
-    if not isinstance(inner, dict) or not isinstance(name, str) or not name.strip():
+    return inner if isinstance(inner, dict) and isinstance(name, str) and name.strip() else None
+
+
+def _call(call: Any, column: str) -> dict[str, Any]:
+    inner = _function(call)
+    if inner is None:
         raise RowProblem(
             f"column {column!r} holds a message with the call {shown(call)}, which names no function; expected one "
             f"such as {_A_CALL}. Fix the row."
         )
+    name = inner["name"]
     found: dict[str, Any] = {"id": str(call["id"])} if call.get("id") is not None else {}
     arguments = _arguments(inner.get("arguments"), name, column)
     return {**found, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -120,9 +127,8 @@ def tools_of(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> l
 
 
 def _tool(tool: Any, column: str) -> dict[str, Any]:
-    inner = tool.get("function") if isinstance(tool, dict) and tool.get("function") is not None else tool
-    name = inner.get("name") if isinstance(inner, dict) else None
-    if not isinstance(inner, dict) or not isinstance(name, str) or not name.strip():
+    inner = _function(tool)
+    if inner is None:
         raise RowProblem(
             f"column {column!r} holds the tool {shown(tool)}, which names no function; expected one such as {_A_TOOL}. "
             "Fix the row, or rename the column where it holds no tools."

@@ -6,23 +6,19 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from repmatch.curator.apart import alike
+from repmatch.curator.apart import different
 from repmatch.curator.precision import is_out_of_memory
 from repmatch.errors import ModelError, RepMatchError, quote_list
 
 if TYPE_CHECKING:
     from repmatch.curator.engine import FactorEngine
     from repmatch.curator.tasks import Example, Task
+    from repmatch.datamodels import Space
 
 logger = logging.getLogger(__name__)
 
-# How far an instance's gradient may move by the company it keeps. Rounding moves it by 1e-4 at most in float32; weights
-# of less precision move it by more. What is this small beside the instance's largest matrix is rounding alone.
-_SLACK = 1e-2
-_ROUGH_SLACK = 0.3
-_NOTHING = 1e-5
 # Gradients of a batch, and its losses.
 Computed: TypeAlias = "tuple[dict[str, Tensor], Tensor]"
 
@@ -74,6 +70,25 @@ def unlike(examples: Sequence[Example]) -> list[Example]:
     return [ordered[0], middle if middle.tokens > ordered[0].tokens else ordered[-1]][: len(ordered)]
 
 
+def tried(module: nn.Module, space: Space, task: Task, examples: Sequence[Example]) -> FactorEngine:
+    """Find out how a model takes rows side by side.
+
+    Args:
+        module: the frozen model.
+        space: the space.
+        task: collates, and gives losses.
+        examples: one or more.
+
+    Returns:
+        An engine that has found its way.
+    """
+    from repmatch.curator.engine import FactorEngine
+
+    engine = FactorEngine(module, space, task.losses, str(next(module.parameters()).device))
+    engine.find_way(task.collate(unlike(examples)))
+    return engine
+
+
 def _check_reached(engine: FactorEngine, task: Task, examples: Sequence[Example]) -> None:
     if _not_reached(engine):
         # Two rows may not be enough for a module that runs a layer for some rows only.
@@ -108,14 +123,13 @@ def _warn_of_zeros(
 
 def _check_apart(engine: FactorEngine, task: Task, pair: Sequence[Example], alone: Sequence[Computed]) -> None:
     gradients, losses = engine.gradients(task.collate(pair))
-    slack = _ROUGH_SLACK if engine.is_rough else _SLACK
     for at, (found, loss) in enumerate(alone):
-        different = alike(found, {name: value[at] for name, value in gradients.items()}, slack, _NOTHING)
-        if different is None:
+        other = different(found, gradients, at, rough=engine.is_rough)
+        if other is None:
             continue
         raise ModelError(
-            f"the gradient of {different[0]!r} for one instance is another in a batch of two (relative difference "
-            f"{different[1]:.2g}; loss {float(loss[0]):.4g} alone, {float(losses[at]):.4g} in company); expected "
+            f"the gradient of {other[0]!r} for one instance is another in a batch of two (relative difference "
+            f"{other[1]:.2g}; loss {float(loss[0]):.4g} alone, {float(losses[at]):.4g} in company); expected "
             "instances that do not see each other. Mask the padding, and use no batch statistics; of a model that is "
             "not your own adapt other layers with --targets, or name another with --model."
         )

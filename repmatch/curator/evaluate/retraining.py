@@ -23,7 +23,6 @@ from torch.nn import functional
 from repmatch.curator import start, trial
 from repmatch.curator.apart import Way
 from repmatch.curator.batches import batches_by_tokens
-from repmatch.curator.engine import FactorEngine
 from repmatch.curator.evaluate.lower import LowerLayers
 from repmatch.curator.linear import by_onednn
 from repmatch.curator.shortcuts import LastLayer, Shortcut
@@ -210,8 +209,7 @@ class Retrainer:
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         if self._apart is None:
-            engine = FactorEngine(self.module, self.space, self.task.losses, str(self.device))
-            engine.find_way(self._on(self.task.collate(trial.unlike(examples))))
+            engine = trial.tried(self.module, self.space, self.task, examples)
             self._apart = engine.way is Way.TOGETHER
             if not engine.batch_first:  # states are kept by instance
                 self.lower = None
